@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Speed of the CPU encoder and decoder on Gaussian data: bytes are 16-bit input bytes (encode) or output bytes (decode).
+#include <benchmark/benchmark.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include <packkv/packkv.hpp>
+
+#include "../tests/support/random.hpp"
+
+namespace pk = packkv;
+
+namespace {
+
+constexpr int dim = 128, kv_heads = 2, tokens = 2048;
+constexpr std::int64_t input_bytes = std::int64_t{2} * 2 * kv_heads * tokens * dim;
+
+using two_bit = pk::cache_format<pk::key_codec<dim, pk::identity, pk::rms_scale, pk::plan<2, 2, 2, 2>>,
+                                 pk::value_codec<dim, pk::hadamard, pk::rms_scale, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>>;
+using mixed = pk::cache_format<pk::key_codec<dim, pk::identity, pk::rms_scale, pk::plan<4, 3, 2, 1>>,
+                               pk::value_codec<dim, pk::hadamard, pk::rms_scale, pk::plan<3, 3, 2, 2, 2, 2, 1, 1>>>;
+using fp8 = pk::cache_format<pk::fp8_codec<dim>, pk::fp8_codec<dim>>;
+
+template <class Format>
+struct host_cache {
+  std::vector<std::uint16_t> keys, values;
+  std::vector<std::uint32_t> memory;  // aligned words
+  pk::pages_view pages;
+  pk::page_table table;
+  pk::device_report report;
+
+  host_cache() : keys(kv_heads * tokens * dim), values(keys.size()), memory(kv_heads * (tokens / 64) * (Format::key_tile_bytes + Format::value_tile_bytes) / 4 + 4) {
+    packkv_test::random_source random(1);
+    for (auto& x : keys) x = pk::float_to_half(random.normal());
+    for (auto& x : values) x = pk::float_to_half(random.normal());
+    void* p = memory.data();
+    std::size_t space = memory.size() * 4;
+    auto* base = static_cast<std::uint8_t*>(std::align(16, space - 16, p, space));
+    pages.num_pages = tokens / 64;
+    pages.kv_heads = kv_heads;
+    pages.key_head_stride = pages.value_head_stride = Format::key_tile_bytes + Format::value_tile_bytes;
+    pages.key_page_stride = pages.value_page_stride = kv_heads * pages.key_head_stride;
+    pages.key_data = base;
+    pages.value_data = base + Format::key_tile_bytes;
+    table.row_stride = pages.num_pages;
+  }
+  pk::status encode() {
+    return pk::reference::compress(pk::make_input(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
+                                   pk::make_input(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}), nullptr,
+                                   pk::parameters<Format>{}, pages, table, report);
+  }
+  pk::status decode() {
+    return pk::reference::decompress(pages, table, nullptr, pk::parameters<Format>{}, pk::make_output(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
+                                     pk::make_output(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}), report);
+  }
+};
+
+template <class Format>
+void encode(benchmark::State& state) {
+  host_cache<Format> cache;
+  for (auto _ : state)
+    if (!cache.encode()) state.SkipWithError("compress was refused");
+  state.SetBytesProcessed(state.iterations() * input_bytes);
+}
+template <class Format>
+void decode(benchmark::State& state) {
+  host_cache<Format> cache;
+  if (!cache.encode()) state.SkipWithError("compress was refused");
+  for (auto _ : state)
+    if (!cache.decode()) state.SkipWithError("decompress was refused");
+  state.SetBytesProcessed(state.iterations() * input_bytes);
+}
+
+BENCHMARK_TEMPLATE(encode, two_bit)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode, mixed)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode, fp8)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode, two_bit)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode, mixed)->Unit(benchmark::kMillisecond);
+
+}  // namespace
+
+BENCHMARK_MAIN();

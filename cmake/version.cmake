@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# packkv_read_version(<header> <out>): MAJOR.MINOR.PATCH from the PACKKV_VERSION_* macros of <header>.
+function(packkv_read_version header out)
+  set(parts)
+  foreach(part MAJOR MINOR PATCH)
+    file(STRINGS "${header}" line REGEX "^#define PACKKV_VERSION_${part} [0-9]+$")
+    if(NOT line)
+      message(FATAL_ERROR "packkv: no PACKKV_VERSION_${part} in ${header}")
+    endif()
+    string(REGEX REPLACE ".* " "" number "${line}")
+    list(APPEND parts ${number})
+  endforeach()
+  list(JOIN parts "." version)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${header}")
+  set(${out} ${version} PARENT_SCOPE)
+endfunction()

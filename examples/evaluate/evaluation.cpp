@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Byte accounting and error statistics.
+#include "evaluation.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "gpu.hpp"
+
+namespace evaluate {
+namespace {
+
+/// |o - reference| / |reference|; a zero reference counts as 0 or 1.
+template <class A, class B>
+double relative_error(const A* o, const B* reference, int n) {
+  double difference = 0.0, norm = 0.0;
+  for (int c = 0; c < n; ++c) {
+    const double x = static_cast<double>(o[c]), y = static_cast<double>(reference[c]);
+    difference += (x - y) * (x - y);
+    norm += y * y;
+  }
+  if (norm == 0.0) return difference == 0.0 ? 0.0 : 1.0;
+  return std::sqrt(difference / norm);
+}
+
+/// Mean and maximum of errors. A NaN stays visible in the mean.
+struct error_sum {
+  double sum = 0.0, maximum = 0.0;
+  std::int64_t count = 0;
+
+  void add(double error) {
+    sum += error;
+    maximum = std::max(maximum, error);
+    ++count;
+  }
+  double mean() const { return sum / static_cast<double>(count); }
+};
+
+}  // namespace
+
+void count_bytes(const kv_cache& cache, const coding& codec, const attention_rules& rules, result& r) {
+  const double tokens = static_cast<double>(cache.tokens());
+  const double tiles = static_cast<double>(packkv::ceil_div<std::int64_t>(cache.tokens(), packkv::tile_tokens));
+  const double key_bytes = tiles * codec.key.spec.tile_bytes(), value_bytes = tiles * codec.value.spec.tile_bytes();
+  const double ring =
+      rules.recent > 0 ? static_cast<double>(rules.recent) + static_cast<double>(cache.queries()) - 1.0 : 0.0;
+  const int dims = cache.key_dim() + cache.value_dim();
+  const double raw_bytes = (static_cast<double>(rules.sinks) + ring) * 2.0 * dims;
+  r.codec = codec.text;
+  r.tokens = r.coded_tokens = cache.tokens();  // sinks and recent tokens are coded, too
+  r.bits_per_value_k = 8.0 * key_bytes / (tokens * cache.key_dim());
+  r.bits_per_value_v = 8.0 * value_bytes / (tokens * cache.value_dim());
+  r.total_bits_per_value = 8.0 * (key_bytes + value_bytes + raw_bytes) / (tokens * dims);
+  r.model_bytes = codec.key.model_bytes() + codec.value.model_bytes();
+}
+
+outcome evaluator::run(const coding& codec, result& r) {
+  r = {};
+  count_bytes(cache_, codec, rules_, r);
+  if (gpu_name_.empty())
+    run_cpu(codec, r);
+  else if (outcome o = run_gpu(codec, r); !o)
+    return o;
+  if (!std::isfinite(r.error_k + r.error_v + r.error_attention + r.error_attention_max))
+    return failure("codec '" + codec.text + "': the coded cache gives non-finite attention (a scale is out of range)");
+  return {};
+}
+
+void evaluator::run_cpu(const coding& codec, result& r) const {
+  if (codec.key.spec.leading > 0) r.leading_clamps = encode_all(cache_, codec, threads_).leading_clamps;
+  error_sum errors[output_kinds];
+  progress line(codec.text);
+  stream_attention(cache_, &codec, rules_, threads_, line, [&](const attention_block& b) {
+    for (int kind = key_output; kind < output_kinds; ++kind)
+      for (int row = 0; row < b.rows; ++row)
+        errors[kind].add(
+            relative_error(b.output(static_cast<output_kind>(kind), row), b.output(exact_output, row), b.value_dim));
+  });
+  r.error_k = errors[key_output].mean();
+  r.error_v = errors[value_output].mean();
+  r.error_attention = errors[both_output].mean();
+  r.error_attention_max = errors[both_output].maximum;
+}
+
+outcome evaluator::run_gpu(const coding& codec, result& r) {
+  const int dim = cache_.value_dim();
+  const std::int64_t n = cache_.queries(), rows = cache_.query_heads() * n;
+  if (reference_.empty()) {
+    reference_.resize(static_cast<std::size_t>(rows * dim));
+    progress line("reference on the CPU");
+    stream_attention(cache_, nullptr, rules_, threads_, line, [&](const attention_block& b) {
+      const int group = cache_.group();
+      for (int row = 0; row < b.rows; ++row) {
+        const std::int64_t head = static_cast<std::int64_t>(b.kv_head) * group + (b.first_row + row) % group;
+        const double* from = b.output(exact_output, row);
+        std::transform(from, from + dim, reference_.data() + (head * n + (b.first_row + row) / group) * dim,
+                       [](double x) { return static_cast<float>(x); });
+      }
+    });
+  }
+  const gpu_side key{codec.key.spec, codec.key.parameters()}, value{codec.value.spec, codec.value.parameters()};
+  const gpu_side raw_key{packkv::make_element_codec(packkv::codec_kind::float16, cache_.key_dim()), {}};
+  const gpu_side raw_value{packkv::make_element_codec(packkv::codec_kind::float16, dim), {}};
+  error_sum errors[output_kinds];
+  std::vector<float> out;
+  for (int kind = key_output; kind < output_kinds; ++kind) {
+    const gpu_job job{view_of(cache_.k),
+                      view_of(cache_.v),
+                      view_of(cache_.q),
+                      kind == value_output ? raw_key : key,
+                      kind == key_output ? raw_value : value,
+                      rules_.scale,
+                      rules_.window,
+                      rules_.sinks,
+                      rules_.recent};
+    packkv::device_report report;
+    if (const packkv::status s = gpu_attention(job, out, report); !s)
+      return failure("codec '" + codec.text + "' on the GPU: " + s.message);
+    if (out.size() != reference_.size()) return failure("the GPU's output has the wrong size");
+    for (std::int64_t row = 0; row < rows; ++row)
+      errors[kind].add(relative_error(out.data() + row * dim, reference_.data() + row * dim, dim));
+    if (kind == both_output) r.leading_clamps = report.leading_clamps;
+  }
+  r.error_k = errors[key_output].mean();
+  r.error_v = errors[value_output].mean();
+  r.error_attention = errors[both_output].mean();
+  r.error_attention_max = errors[both_output].maximum;
+  r.device = gpu_name_;
+  return {};
+}
+
+}  // namespace evaluate

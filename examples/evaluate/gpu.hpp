@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on the GPU, behind two functions that need no CUDA header. gpu.cu or gpu_none.cpp defines them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <packkv/codec/pages.hpp>
+#include <packkv/codec/parameters.hpp>
+
+namespace evaluate {
+
+/// One side of the cache format: a codec (perhaps float16) and its arrays in host memory, [kv_heads, ...].
+struct gpu_side {
+  packkv::codec_spec spec;
+  packkv::side_parameters parameters;
+};
+
+/// One attention over one cache. All views are contiguous float16 in host memory (mapped files).
+struct gpu_job {
+  packkv::input_view<3> keys;     ///< [kv_heads, tokens, D_k]
+  packkv::input_view<3> values;   ///< [kv_heads, tokens, D_v]
+  packkv::input_view<3> queries;  ///< [query_heads, n, D_k], the queries of the last n positions
+  gpu_side key, value;
+  float scale = 0.0f;
+  std::int32_t window = 0;  ///< 0: none
+  std::int32_t sinks = 0;   ///< first tokens in 16 bits, at most `tokens`
+  std::int32_t recent = 0;  ///< last keys of each query in 16 bits, at most `tokens`; ring capacity recent + n - 1
+};
+
+/// True if there is a GPU that this program can use; the string is its name, or why there is none.
+bool gpu_present(std::string& name_or_reason);
+
+/// Compresses the cache and attends to it. out: [query_heads, n, D_v], resized by the call.
+packkv::status gpu_attention(const gpu_job& job, std::vector<float>& out, packkv::device_report& report);
+
+}  // namespace evaluate

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parser of codec SPECs: one table of names and keys serves parsing, error messages and --list.
+#include "spec.hpp"
+
+#include <cstddef>
+#include <set>
+
+#include "text.hpp"
+
+namespace evaluate {
+namespace {
+
+using packkv::codec_kind;
+using packkv::transform_kind;
+
+struct key_entry {
+  const char* name;
+  const char* values;
+  const char* preset;  ///< what holds when the key is absent
+  const char* meaning;
+};
+
+struct name_entry {
+  const char* name;
+  const char* meaning;
+  const char* example;
+  const key_entry* keys;
+  std::size_t key_count;
+};
+
+constexpr key_entry fp8_keys[] = {
+    {"k_scale", "NUMBER", "largest |k| / 448", "K is stored divided by this"},
+    {"v_scale", "NUMBER", "largest |v| / 448", "V is stored divided by this"},
+};
+
+constexpr key_entry plan_keys[] = {
+    {"k", "WIDTHS|fp16|bf16|fp8", "required",
+     "bits of each K strip of 32 channels (16 at head_dim 64), or a 16-bit or FP8 side"},
+    {"v", "WIDTHS|fp16|bf16|fp8", "required", "bits of each V strip of 16 channels, or a 16-bit or FP8 side"},
+    {"transform_k", "identity|permutation|hadamard", "identity", "basis of K; permutation needs calibration files"},
+    {"transform_v", "identity|permutation|hadamard", "hadamard", "basis of V; permutation needs calibration files"},
+    {"leading", "0..4", "0", "first K components kept in 8 bits; needs calibration files"},
+    {"steps", "gaussian|calibrated", "calibrated with calibration files, else gaussian",
+     "quantiser steps of the channels"},
+    {"k_scale", "NUMBER", "largest |k| / 448", "with k=fp8 only"},
+    {"v_scale", "NUMBER", "largest |v| / 448", "with v=fp8 only"},
+};
+
+constexpr name_entry names[] = {
+    {"fp16", "both sides as IEEE half: the baseline, lossless here", "fp16", nullptr, 0},
+    {"bf16", "both sides as bfloat16", "bf16", nullptr, 0},
+    {"fp8", "both sides as FP8 E4M3 with one scale per tensor", "fp8:k_scale=0.05,v_scale=0.01", fp8_keys, 2},
+    {"plan",
+     "fixed widths per strip of channels and a 16-bit scale per token; WIDTHS: 0 1 2 3 4 8, widest first, or one for "
+     "all",
+     "plan:k=4.2.1.1,v=2.2.2.2.2.2.2.2,transform_v=hadamard", plan_keys, 8},
+};
+
+const name_entry* find_name(const std::string& name) {
+  for (const name_entry& entry : names)
+    if (name == entry.name) return &entry;
+  return nullptr;
+}
+
+bool has_key(const name_entry& entry, const std::string& key) {
+  for (std::size_t i = 0; i < entry.key_count; ++i)
+    if (key == entry.keys[i].name) return true;
+  return false;
+}
+
+bool parse_kind(const std::string& text, codec_kind& kind) {
+  if (text == "fp16")
+    kind = codec_kind::float16;
+  else if (text == "bf16")
+    kind = codec_kind::bfloat16;
+  else if (text == "fp8")
+    kind = codec_kind::fp8;
+  else
+    return false;
+  return true;
+}
+
+bool parse_transform(const std::string& text, transform_kind& transform) {
+  if (text == "identity")
+    transform = transform_kind::identity;
+  else if (text == "permutation")
+    transform = transform_kind::permutation;
+  else if (text == "hadamard")
+    transform = transform_kind::hadamard;
+  else
+    return false;
+  return true;
+}
+
+/// A side's value: a 16-bit or FP8 name, or widths separated by dots, widest first.
+bool parse_side(const std::string& text, side_choice& choice) {
+  if (parse_kind(text, choice.kind)) return true;
+  choice.kind = codec_kind::plan;
+  const std::vector<std::string> parts = split(text, '.');
+  if (parts.size() > packkv::max_strips) return false;
+  choice.widths = {};
+  for (const std::string& part : parts) {
+    std::int32_t width = 0;
+    if (part.size() != 1 || !parse_count(part, width) || !packkv::is_plan_width(width)) return false;
+    const int at = choice.widths.count++;
+    if (at > 0 && width > choice.widths.width[at - 1]) return false;
+    choice.widths.width[at] = static_cast<std::uint8_t>(width);
+  }
+  return true;
+}
+
+bool parse_value(const std::string& key, const std::string& value, codec_choice& c) {
+  if (key == "k") return parse_side(value, c.key);
+  if (key == "v") return parse_side(value, c.value);
+  if (key == "transform_k") return parse_transform(value, c.key.transform);
+  if (key == "transform_v") return parse_transform(value, c.value.transform);
+  if (key == "k_scale") return parse_positive(value, c.key.tensor_scale);
+  if (key == "v_scale") return parse_positive(value, c.value.tensor_scale);
+  if (key == "leading") return parse_count(value, c.key.leading) && c.key.leading <= packkv::max_leading;
+  if (value == "gaussian")
+    c.steps = step_choice::gaussian;
+  else if (value == "calibrated")
+    c.steps = step_choice::calibrated;
+  else
+    return false;
+  return true;
+}
+
+/// Keys that contradict what k= and v= chose, and sides that are missing.
+std::string contradiction(const std::set<std::string>& given, const codec_choice& c) {
+  const auto has = [&](const char* key) { return given.count(key) > 0; };
+  if (!has("k") || !has("v")) return "plan needs k= and v=";
+  if (c.key.kind != codec_kind::plan && (has("transform_k") || has("leading")))
+    return "transform_k and leading need a plan in k=";
+  if (c.value.kind != codec_kind::plan && has("transform_v")) return "transform_v needs a plan in v=";
+  if (c.key.kind != codec_kind::fp8 && has("k_scale")) return "k_scale needs k=fp8";
+  if (c.value.kind != codec_kind::fp8 && has("v_scale")) return "v_scale needs v=fp8";
+  return {};
+}
+
+}  // namespace
+
+outcome parse_spec(const std::string& text, codec_choice& choice) {
+  const auto wrong = [&](const std::string& what) { return failure("codec '" + text + "': " + what); };
+  const std::size_t colon = text.find(':');
+  const name_entry* entry = find_name(text.substr(0, colon));
+  if (entry == nullptr) return wrong("unknown name (--list shows all)");
+  choice = {};
+  choice.text = text;
+  const bool is_plan = std::string(entry->name) == "plan";
+  if (is_plan)
+    choice.value.transform = transform_kind::hadamard;
+  else if (parse_kind(entry->name, choice.key.kind))
+    choice.value.kind = choice.key.kind;
+
+  std::set<std::string> given;
+  if (colon != std::string::npos) {
+    for (const std::string& field : split(text.substr(colon + 1), ',')) {
+      const std::size_t equals = field.find('=');
+      const std::string key = field.substr(0, equals);
+      if (equals == std::string::npos) return wrong("'" + field + "' is not key=value");
+      if (!has_key(*entry, key)) return wrong("unknown key '" + key + "'");
+      if (!given.insert(key).second) return wrong("key '" + key + "' is given twice");
+      if (!parse_value(key, field.substr(equals + 1), choice)) return wrong("bad value in '" + field + "'");
+    }
+  }
+  if (!is_plan) return {};
+  if (const std::string what = contradiction(given, choice); !what.empty()) return wrong(what);
+  if (choice.value.kind != codec_kind::plan) choice.value.transform = transform_kind::identity;
+  return {};
+}
+
+std::string list_codecs() {
+  std::string out = "Codecs, written as name:key=value,...\n";
+  for (const name_entry& entry : names) {
+    out += std::string("\n") + entry.name + "  " + entry.meaning + "\n";
+    for (std::size_t i = 0; i < entry.key_count; ++i) {
+      const key_entry& key = entry.keys[i];
+      out += std::string("    ") + key.name + "=" + key.values + "  (" +
+             (std::string(key.preset) == "required" ? "" : "default: ") + key.preset + ")  " + key.meaning + "\n";
+    }
+    out += std::string("    example: --codec ") + entry.example + "\n";
+  }
+  return out;
+}
+
+}  // namespace evaluate

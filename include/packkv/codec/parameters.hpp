@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a format needs at run time beside its type: calibrated columns, permutations, scales. Plain data.
+// One idea: every call takes the same POD; null pointers select the documented defaults.
+//   parameters<format> p;   p.key.permutation = device_permutation;   compress<format>(keys, values, p, ...);
+#pragma once
+
+#include <cstdint>
+
+#include <packkv/codec/codec.hpp>
+
+namespace packkv {
+
+/// Run-time data of one side. Arrays are row-major [kv_heads, ...] in the memory space of the call (device
+/// memory for kernels, host memory for the reference) and must stay valid until the call has completed.
+struct side_parameters {
+  /// plan: step of each channel relative to the row scale, [kv_heads, head_dim], finite and > 0, in the order
+  /// of the transformed channels. Null: the Gaussian-optimal step of the strip's width (gaussian_step).
+  const float* column_scale = nullptr;
+  /// permutation transform: [kv_heads, head_dim], each row a permutation of 0..head_dim-1. Required by it.
+  const std::int16_t* permutation = nullptr;
+  /// leading components: value of one 8-bit step, [kv_heads, leading], finite and > 0. Required by them.
+  const float* leading_scale = nullptr;
+  /// fp8: the tensor is stored divided by this. Finite and > 0.
+  float tensor_scale = 1.0f;
+};
+
+/// Parameters of a format; `format` itself is empty unless it is a runtime_format.
+template <class Format>
+struct parameters {
+  Format format = {};
+  side_parameters key = {};
+  side_parameters value = {};
+};
+
+namespace detail {
+
+/// The parameters of one KV head, resolved from side_parameters.
+struct head_parameters {
+  const float* column_scale;
+  const std::int16_t* permutation;
+  const float* leading_scale;
+  float tensor_scale;
+};
+
+PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const side_parameters& p, int head) {
+  const std::int64_t row = static_cast<std::int64_t>(head) * spec.head_dim;
+  return {p.column_scale != nullptr ? p.column_scale + row : nullptr,
+          p.permutation != nullptr ? p.permutation + row : nullptr,
+          p.leading_scale != nullptr ? p.leading_scale + static_cast<std::int64_t>(head) * spec.leading : nullptr,
+          p.tensor_scale};
+}
+
+inline status check_side(const codec_spec& spec, const side_parameters& p) {
+  if (spec.transform == transform_kind::permutation && p.permutation == nullptr)
+    return refuse(status_code::invalid_argument, "the permutation transform needs side_parameters::permutation");
+  if (spec.leading > 0 && p.leading_scale == nullptr)
+    return refuse(status_code::invalid_argument, "leading components need side_parameters::leading_scale");
+  if (spec.kind == codec_kind::fp8 && (!is_finite(p.tensor_scale) || !(p.tensor_scale > 0.0f)))
+    return refuse(status_code::invalid_argument, "fp8 needs a finite tensor_scale > 0");
+  return {};
+}
+
+}  // namespace detail
+
+/// Checks what the host can see of a format's parameters (arrays in device memory are not read).
+template <class Format>
+inline status check_parameters(const parameters<Format>& p) {
+  if (const status s = check_format(p.format); !s) return s;
+  if (const status s = detail::check_side(p.format.key(), p.key); !s) return s;
+  return detail::check_side(p.format.value(), p.value);
+}
+
+}  // namespace packkv

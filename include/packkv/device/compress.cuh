@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device-wide compress, decompress and store_tokens. Definitions: reference/compress.hpp; same bytes.
+//   status s = packkv::compress(keys, values, lengths, params, pages, table, exec{stream});
+#pragma once
+
+#include <packkv/codec/checks.hpp>
+#include <packkv/device/exec.cuh>
+#include <packkv/kernel/compress.cuh>
+
+namespace packkv {
+
+namespace detail {
+
+template <class Format>
+kernel::side_args key_side(const parameters<Format>& p) {
+  return {side::key, p.format.key(), p.key};
+}
+template <class Format>
+kernel::side_args value_side(const parameters<Format>& p) {
+  return {side::value, p.format.value(), p.value};
+}
+
+template <class Format>
+kernel::compress_args make_compress_args(const std::int64_t (&extent)[4], const std::int32_t* lengths, const pages_view& pages,
+                                         const page_table& table, const exec& e) {
+  return {pages, table, lengths, extent[0], static_cast<std::int32_t>(extent[2]), e.report};
+}
+
+}  // namespace detail
+
+/// Codes whole sequences from their token 0 on, in stream order.
+/// \param keys,values device memory [batch, kv_heads, tokens, D_k / D_v], float16 or bfloat16, any strides (bytes).
+/// \param lengths device int32 [batch] or null (all `tokens`); values outside 0..tokens are clamped and reported.
+/// \param pages, table where the tiles go; unused slots of a sequence's last tile become zero bytes; tiles
+///        whose page id is invalid are skipped and reported.
+/// \return not ok, with nothing launched, for shapes, strides or parameters that do not fit. Uses no workspace.
+template <class Format>
+status compress(const input_view<4>& keys, const input_view<4>& values, const std::int32_t* lengths, const parameters<Format>& params,
+                const pages_view& pages, const page_table& table, const exec& e) {
+  if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = detail::check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
+  const auto args = detail::make_compress_args<Format>(keys.extent, lengths, pages, table, e);
+  const std::int64_t tiles = ceil_div<std::int64_t>(keys.extent[2], tile_tokens);
+  const checked items = checked(keys.extent[0]) * keys.extent[1] * tiles;
+  if (!items.valid()) return refuse(status_code::overflow, "more tiles than 63 bits can count");
+  if (items.value() == 0) return {};
+  const dim3 grid = detail::grid_for(items.value());
+  constexpr int threads = kernel::compress_warps * 32;
+  if (const status s = detail::launch(kernel::compress<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), args, keys); !s) return s;
+  return detail::launch(kernel::compress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), args, values);
+}
+
+/// Reconstructs whole sequences into float16, bfloat16 tensors of the shapes that compress takes. Tokens at or past a
+/// sequence's length are left as they were; tokens whose page is missing become NaN and are reported. Uses no workspace.
+template <class Format>
+status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths, const parameters<Format>& params,
+                  const output_view<4>& keys, const output_view<4>& values, const exec& e) {
+  if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = detail::check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
+  const auto args = detail::make_compress_args<Format>(keys.extent, lengths, pages, table, e);
+  const checked items = checked(keys.extent[0]) * keys.extent[1] * keys.extent[2];
+  if (!items.valid()) return refuse(status_code::overflow, "more tokens than 63 bits can count");
+  if (items.value() == 0) return {};
+  const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));
+  constexpr int threads = kernel::compress_warps * 32;
+  if (const status s = detail::launch(kernel::decompress<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), args, keys); !s) return s;
+  return detail::launch(kernel::decompress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), args, values);
+}
+
+/// Codes n single tokens into their slots, in stream order; capturable in a graph.
+/// \param keys,values device memory [n, kv_heads, D_k / D_v], float16 or bfloat16, any strides (bytes).
+/// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
+///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
+///        tokens are untouched. Slots beyond the pages are skipped and reported. Uses no workspace.
+template <class Format>
+status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots, const parameters<Format>& params,
+                    const pages_view& pages, const exec& e) {
+  if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
+  if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
+  const std::int64_t items = keys.extent[0] * keys.extent[1];
+  if (items == 0) return {};
+  const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items, kernel::compress_warps));
+  constexpr int threads = kernel::compress_warps * 32;
+  if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), pages, keys, slots, e.report); !s) return s;
+  return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), pages, values, slots, e.report);
+}
+
+}  // namespace packkv

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels that write and read whole tiles: compress (a block per tile), decompress (a warp per token),
+// store_tokens (a warp per token).
+#pragma once
+
+#include <packkv/kernel/report.cuh>
+#include <packkv/warp/token_codec.cuh>
+
+namespace packkv::kernel {
+
+inline constexpr int compress_warps = 8;
+
+/// One side of a cache, as these kernels see it.
+struct side_args {
+  side which;
+  codec_spec spec;
+  side_parameters parameters;
+};
+
+struct compress_args {
+  pages_view pages;
+  page_table table;
+  const std::int32_t* lengths;
+  std::int64_t batch;
+  std::int32_t max_tokens;
+  device_report* report;
+};
+
+__device__ inline std::uint8_t* tile_address(const side_args& s, const pages_view& pages, std::int64_t page, int head, int slot) {
+  return s.which == side::key ? detail::key_tile(pages, s.spec, page, head, slot)
+                              : detail::value_tile(pages, s.spec, page, head, slot);
+}
+
+/// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles (sequence, head, tile index).
+template <int HeadDim>
+__global__ void __launch_bounds__(compress_warps * 32) compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
+                                                                const __grid_constant__ input_view<4> in) {
+  using namespace packkv::detail;
+  __shared__ alignas(16) std::uint32_t words[HeadDim * tile_tokens / 4];  // the widest plan: 8 bits a channel
+  const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens);
+  const std::int64_t items = a.batch * a.pages.kv_heads * tiles;
+  std::uint32_t flags = 0, clamps = 0;
+  for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const std::int64_t index = item % tiles, b = item / tiles / a.pages.kv_heads;
+    const int head = static_cast<int>(item / tiles % a.pages.kv_heads);
+    std::uint32_t table_flags = 0;
+    const std::int64_t length = clamp_length(a.lengths, b, a.max_tokens, table_flags);
+    const std::int64_t first = index * tile_tokens;
+    if (first < length) {  // the same for all threads of the block
+      const std::int32_t page = find_page(a.table, a.pages.num_pages, b, index / a.pages.tiles_per_page, table_flags);
+      if (page >= 0) {
+        std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
+        const int count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - first));
+        const head_parameters parameters = of_head(s.spec, s.parameters, head);
+        for (int w = static_cast<int>(threadIdx.x); w < s.spec.strips.words; w += compress_warps * 32) words[w] = 0;
+        // Unused slots become zero bytes: the parts behind the code words here, element tiles token by token below.
+        if (s.spec.kind == codec_kind::plan)
+          for (int i = s.spec.code_bytes() + 4 * static_cast<int>(threadIdx.x); i < s.spec.tile_bytes(); i += 4 * compress_warps * 32)
+            *reinterpret_cast<std::uint32_t*>(tile + i) = 0;
+        __syncthreads();
+        for (int t = warp_id(); t < tile_tokens; t += compress_warps) {
+          if (t < count) {
+            const char* token = static_cast<const char*>(address(in, b, head, first + t, 0));
+            warp::encode_token<HeadDim>(
+                s.spec, parameters, [&](int c) { return load_element(token + c * in.stride[3], in.type); }, t, tile,
+                [&](const code_write& w) { atomicOr(&words[w.word], w.bits); }, flags, clamps);
+          } else if (s.spec.kind != codec_kind::plan) {
+            const int bytes = s.spec.tile_bytes() / tile_tokens;
+            for (int i = 16 * lane_id(); i < bytes; i += 16 * warp_threads) store16(tile + t * bytes + i, bytes16{});
+          }
+        }
+        __syncthreads();
+        for (int w = 4 * static_cast<int>(threadIdx.x); w < s.spec.strips.words; w += 4 * compress_warps * 32)
+          store16(tile + 4 * w, bytes16{{words[w], words[w + 1], words[w + 2], words[w + 3]}});
+        __syncthreads();
+      }
+    }
+    if (threadIdx.x == 0) flags |= table_flags;
+  }
+  add_report(a.report, flags, clamps);
+}
+
+/// Reconstructs every token of one side; a warp per token.
+template <int HeadDim>
+__global__ void __launch_bounds__(compress_warps * 32) decompress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
+                                                                  const __grid_constant__ output_view<4> out) {
+  using namespace packkv::detail;
+  const std::int64_t items = a.batch * a.pages.kv_heads * a.max_tokens;
+  std::uint32_t flags = 0;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * compress_warps + warp_id(); item < items;
+       item += static_cast<std::int64_t>(gridDim.x) * compress_warps) {
+    const std::int64_t t = item % a.max_tokens, b = item / a.max_tokens / a.pages.kv_heads;
+    const int head = static_cast<int>(item / a.max_tokens % a.pages.kv_heads);
+    if (t >= clamp_length(a.lengths, b, a.max_tokens, flags)) continue;
+    const std::int64_t index = t / tile_tokens;
+    const std::int32_t page = find_page(a.table, a.pages.num_pages, b, index / a.pages.tiles_per_page, flags);
+    char* token = static_cast<char*>(address(out, b, head, t, 0));
+    const auto sink = [&](int c, float x) { store_element(token + c * out.stride[3], out.type, x); };
+    if (page < 0) {
+      for (int i = 0; i < HeadDim / 32; ++i) sink(lane_id() + 32 * i, nan_float());
+    } else {
+      const std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
+      warp::decode_token<HeadDim>(s.spec, of_head(s.spec, s.parameters, head), tile, static_cast<int>(t % tile_tokens), sink);
+    }
+  }
+  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+}
+
+/// Codes n single tokens of one side into live pages; a warp per (token, head).
+template <int HeadDim>
+__global__ void __launch_bounds__(compress_warps * 32) store_tokens(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
+                                                                    const __grid_constant__ input_view<3> in, const std::int64_t* slots,
+                                                                    device_report* report) {
+  using namespace packkv::detail;
+  const std::int64_t items = in.extent[0] * pages.kv_heads;
+  const std::int64_t page_tokens = static_cast<std::int64_t>(pages.tiles_per_page) * tile_tokens;
+  std::uint32_t flags = 0, clamps = 0;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * compress_warps + warp_id(); item < items;
+       item += static_cast<std::int64_t>(gridDim.x) * compress_warps) {
+    const std::int64_t i = item / pages.kv_heads, slot = slots[i];
+    const int head = static_cast<int>(item % pages.kv_heads);
+    if (slot < 0) continue;
+    if (slot / page_tokens >= pages.num_pages) {
+      if (lane_id() == 0) flags |= report_page_out_of_range;
+      continue;
+    }
+    std::uint8_t* tile = tile_address(s, pages, slot / page_tokens, head, static_cast<int>(slot % page_tokens / tile_tokens));
+    std::uint32_t* words = reinterpret_cast<std::uint32_t*>(tile);
+    const char* token = static_cast<const char*>(address(in, i, head, 0));
+    // Neighbouring tokens share words, so both halves of and-then-or are atomic; each bit has one owner.
+    warp::encode_token<HeadDim>(
+        s.spec, of_head(s.spec, s.parameters, head), [&](int c) { return load_element(token + c * in.stride[2], in.type); },
+        static_cast<int>(slot % tile_tokens), tile,
+        [&](const code_write& w) {
+          if (w.bits != w.mask) atomicAnd(&words[w.word], ~(w.mask & ~w.bits));
+          if (w.bits != 0) atomicOr(&words[w.word], w.bits);
+        },
+        flags, clamps);
+  }
+  add_report(report, flags, clamps);
+}
+
+}  // namespace packkv::kernel

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything: the host umbrella, the device-wide calls and the pieces to build kernels from. Needs nvcc.
+#pragma once
+
+#include <packkv/packkv.hpp>
+
+#include <packkv/block/row_merge.cuh>
+#include <packkv/block/split_merge.cuh>
+#include <packkv/device/compress.cuh>
+#include <packkv/device/decode_attention.cuh>
+#include <packkv/device/exec.cuh>
+#include <packkv/device/gemv.cuh>
+#include <packkv/warp/key_scores.cuh>
+#include <packkv/warp/online_softmax.cuh>
+#include <packkv/warp/token_codec.cuh>
+#include <packkv/warp/transform.cuh>
+#include <packkv/warp/value_sum.cuh>

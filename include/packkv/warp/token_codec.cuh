@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp codes or decodes one token of a tile. Lane l holds the channels l, l + 32, ...
+// One idea: a token owns its bits, so `put` may store them anywhere: shared memory, a zeroed page or a live one.
+//   warp::encode_token<D>(spec, head, source, token, tile, put_bits, report);
+#pragma once
+
+#include <packkv/codec/layout.hpp>
+#include <packkv/codec/pages.hpp>
+#include <packkv/codec/quantize.hpp>
+#include <packkv/warp/transform.cuh>
+
+namespace packkv::warp {
+
+/// Codes the token with channels source(c) as token `token` of a tile. `put_bits(code_write)` stores a field of a
+/// code word; everything else of the tile (scale, leading components, elements) is stored to `tile` directly.
+/// `flags` and `clamps` collect what device_report counts; each event is counted in one lane. All lanes take part.
+template <int HeadDim, class Source, class PutBits>
+__device__ inline void encode_token(const codec_spec& spec, const detail::head_parameters& head, Source&& source, int token,
+                                    std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags, std::uint32_t& clamps) {
+  using namespace packkv::detail;
+  constexpr int registers = HeadDim / 32;
+  const int lane = lane_id();
+  bool finite = true;
+
+  if (spec.kind != codec_kind::plan) {
+    bool overflow = false;
+    for (int i = 0; i < registers; ++i) {
+      const int c = lane + 32 * i, at = token * HeadDim + c;
+      const float x = source(c);
+      const bool x_finite = is_finite(x);
+      finite = finite && x_finite;
+      if (spec.kind == codec_kind::fp8) {
+        const float u = div_rn(x, head.tensor_scale);
+        overflow = overflow || (x_finite && !(u >= -448.0f && u <= 448.0f));
+        tile[at] = float_to_e4m3(x_finite ? u : nan_float());
+      } else {
+        const bool half = spec.kind == codec_kind::float16;
+        const std::uint16_t bits = half ? float_to_half(x) : float_to_bfloat16(x);
+        overflow = overflow || (x_finite && !is_finite(half ? half_to_float(bits) : bfloat16_to_float(bits)));
+        reinterpret_cast<std::uint16_t*>(tile)[at] = bits;
+      }
+    }
+    if (!finite) flags |= report_nonfinite_input;
+    if (overflow) flags |= report_scale_overflow;
+    return;
+  }
+
+  float y[registers];
+  load_transformed<HeadDim>(spec.transform, head.permutation, [&](int c) {
+    const float x = source(c);
+    finite = finite && is_finite(x);
+    return x;
+  }, y);
+  double sum = 0.0;
+  for (int i = 0; i < registers; ++i) {
+    finite = finite && is_finite(y[i]);
+    if (lane + 32 * i >= spec.leading) sum = add_square(sum, y[i]);
+  }
+  sum = warp_sum(sum);
+  finite = __all_sync(all_lanes, finite) != 0;
+  const std::uint16_t scale_bits = finite ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
+  const bool valid = scale_bits != 0x7fff;
+  const float row = half_to_float(scale_bits);
+  if (lane == 0) {
+    if (!finite) flags |= report_nonfinite_input;
+    else if (!valid) flags |= report_scale_overflow;
+    *reinterpret_cast<std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)) = scale_bits;
+  }
+  for (int i = 0; i < registers; ++i) {
+    const int c = lane + 32 * i;
+    const code_place place = locate(spec.strips, token, c);
+    if (place.width == 0) continue;
+    const bool coded = valid && c >= spec.leading;
+    const std::uint32_t code =
+        coded ? encode_element(y[i], mul_rn(row, column_of(head, place.width, c)), place.width) : 0u;
+    const code_writes writes = split_code(place, code);
+    for (int w = 0; w < writes.count; ++w) put_bits(writes.write[w]);
+  }
+  if (lane < spec.leading) {
+    bool clamped = false;
+    const std::int8_t q = valid ? encode_leading(y[0], head.leading_scale[lane], clamped) : std::int8_t{0};
+    clamps += clamped ? 1u : 0u;
+    tile[spec.leading_offset() + lane * tile_tokens + row_slot(token)] = static_cast<std::uint8_t>(q);
+  }
+}
+
+/// Reconstructs channel c of a token in the transformed basis.
+__device__ inline float decode_transformed(const codec_spec& spec, const detail::head_parameters& head, const std::uint8_t* tile,
+                                           int token, int c) {
+  using namespace packkv::detail;
+  const int at = token * spec.head_dim + c;
+  switch (spec.kind) {
+    case codec_kind::fp8: return mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
+    case codec_kind::float16: return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+    case codec_kind::bfloat16: return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+    default: break;
+  }
+  const float row = half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
+  if (c < spec.leading) {
+    const auto q = static_cast<std::int8_t>(tile[spec.leading_offset() + c * tile_tokens + row_slot(token)]);
+    return is_nan(row) ? row : mul_rn(head.leading_scale[c], static_cast<float>(q));
+  }
+  const code_place place = locate(spec.strips, token, c);
+  if (place.width == 0) return is_nan(row) ? row : 0.0f;
+  const std::uint32_t code = read_code(reinterpret_cast<const std::uint32_t*>(tile), place);
+  return decode_element(code, mul_rn(row, column_of(head, place.width, c)), place.width);
+}
+
+/// Reconstructs a token: sink(c, x[c]) for each channel. All lanes take part.
+template <int HeadDim, class Sink>
+__device__ inline void decode_token(const codec_spec& spec, const detail::head_parameters& head, const std::uint8_t* tile, int token,
+                                    Sink&& sink) {
+  float y[HeadDim / 32];
+  for (int i = 0; i < HeadDim / 32; ++i) y[i] = decode_transformed(spec, head, tile, token, detail::lane_id() + 32 * i);
+  store_inverse<HeadDim>(spec.transform, head.permutation, y, sink);
+}
+
+}  // namespace packkv::warp

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// Properties of packkv/calibrate/columns.hpp.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <packkv/calibrate/columns.hpp>
+#include <packkv/reference/tile.hpp>
+
+#include "../support/catch.hpp"
+#include "../support/random.hpp"
+
+using namespace packkv;
+
+namespace {
+
+constexpr int dim = 128;
+
+/// Tokens whose channel c is Gaussian with deviation sigma[c].
+std::vector<float> gaussian_tokens(int tokens, const std::vector<float>& sigma, std::uint64_t seed) {
+  packkv_test::random_source random(seed);
+  std::vector<float> x;
+  for (int t = 0; t < tokens; ++t)
+    for (const float s : sigma) x.push_back(s * random.normal());
+  return x;
+}
+
+input_view<2> rows_of(const std::vector<float>& x, int head_dim = dim) {
+  return make_input<2>(x.data(), dtype::float32, {static_cast<std::int64_t>(x.size()) / head_dim, head_dim});
+}
+
+codec_spec key_spec(transform_kind transform, std::initializer_list<int> widths, int leading = 0) {
+  strip_widths w;
+  for (const int width : widths) w.width[w.count++] = static_cast<std::uint8_t>(width);
+  return make_plan_codec(side::key, dim, transform, w, leading);
+}
+
+/// Mean squared error of coding the tokens, relative to their energy.
+double coding_error(const codec_spec& spec, const packkv::detail::head_parameters& head, const std::vector<float>& x) {
+  std::vector<std::uint32_t> tile(static_cast<std::size_t>(spec.tile_bytes()) / 4);
+  auto* bytes = reinterpret_cast<std::uint8_t*>(tile.data());
+  double error = 0.0, energy = 0.0;
+  float y[max_head_dim];
+  for (std::size_t t = 0; t < x.size() / dim; ++t) {
+    device_report report;
+    reference::encode_token(spec, head, x.data() + t * dim, static_cast<int>(t % 64), bytes, report);
+    reference::decode_token(spec, head, bytes, static_cast<int>(t % 64), y);
+    for (int c = 0; c < dim; ++c) {
+      const double v = static_cast<double>(x[t * dim + static_cast<std::size_t>(c)]);
+      error += (v - static_cast<double>(y[c])) * (v - static_cast<double>(y[c]));
+      energy += v * v;
+    }
+  }
+  return error / energy;
+}
+
+}  // namespace
+
+TEST_CASE("calibrate: channels are ordered by contribution, ties by index") {
+  const std::vector<float> ones(4 * dim, 1.0f);
+  std::vector<std::int16_t> order(dim);
+  calibrate::channel_order(rows_of(ones), {}, order.data());
+  for (int c = 0; c < dim; ++c) REQUIRE(order[static_cast<std::size_t>(c)] == c);
+
+  std::vector<float> keys = ones, query(dim, 1.0f);
+  for (std::size_t t = 0; t < 4; ++t) keys[t * dim + 5] = -3.0f, keys[t * dim + 9] = 2.0f;
+  query[9] = 2.0f;  // channel 9: 4 * 4, channel 5: 9 * 1
+  query[0] = 0.5f;
+  calibrate::channel_order(rows_of(keys), make_input<3>(query.data(), dtype::float32, {1, 1, dim}), order.data());
+  CHECK(order[0] == 9);
+  CHECK(order[1] == 5);
+  CHECK(order[2] == 1);
+  CHECK(order[dim - 1] == 0);
+  calibrate::channel_order(rows_of(keys), {}, order.data());
+  CHECK(order[0] == 5);
+  std::sort(order.begin(), order.end());
+  for (int c = 0; c < dim; ++c) REQUIRE(order[static_cast<std::size_t>(c)] == c);
+}
+
+TEST_CASE("calibrate: Gaussian channels get about the Gaussian step") {
+  const std::vector<float> x = gaussian_tokens(4000, std::vector<float>(dim, 1.0f), 21);
+  const codec_spec spec = key_spec(transform_kind::identity, {4, 3, 2, 1});
+  std::vector<float> steps(dim);
+  REQUIRE(calibrate::calibrate_head(spec, rows_of(x), {}, {nullptr, steps.data(), nullptr}));
+  for (int c = 0; c < dim; ++c) {
+    const float ratio = steps[static_cast<std::size_t>(c)] / gaussian_step(4 - c / 32);
+    INFO("channel " << c << " ratio " << ratio);
+    CHECK(std::fabs(ratio - 1.0f) < 0.2f);
+  }
+}
+
+TEST_CASE("calibrate: steps follow unequal channels and lower the error on other tokens") {
+  std::vector<float> sigma(dim);
+  for (int c = 0; c < dim; ++c)
+    sigma[static_cast<std::size_t>(c)] = c % 16 == 3 ? 20.0f : 0.1f + 0.01f * static_cast<float>(c);
+  const std::vector<float> x = gaussian_tokens(2000, sigma, 22), other = gaussian_tokens(500, sigma, 23);
+  std::vector<float> steps(dim), permuted_steps(dim);
+  std::vector<std::int16_t> order(dim);
+  const codec_spec plain = key_spec(transform_kind::identity, {2, 2, 2, 2});
+  const codec_spec permuted = key_spec(transform_kind::permutation, {4, 2, 1, 1});
+  REQUIRE(calibrate::calibrate_head(plain, rows_of(x), {}, {nullptr, steps.data(), nullptr}));
+  REQUIRE(calibrate::calibrate_head(permuted, rows_of(x), {}, {order.data(), permuted_steps.data(), nullptr}));
+  const double uncalibrated = coding_error(plain, {nullptr, nullptr, nullptr, 1.0f}, other);
+  const double calibrated = coding_error(plain, {steps.data(), nullptr, nullptr, 1.0f}, other);
+  const double sorted = coding_error(permuted, {permuted_steps.data(), order.data(), nullptr, 1.0f}, other);
+  CAPTURE(uncalibrated, calibrated, sorted);
+  CHECK(calibrated < 0.5 * uncalibrated);
+  CHECK(sorted < 0.5 * calibrated);
+}
+
+TEST_CASE("calibrate: what it writes is finite and positive for dead, constant and non-finite data") {
+  std::vector<float> sigma(dim, 1.0f);
+  sigma[7] = sigma[40] = 0.0f;
+  std::vector<float> x = gaussian_tokens(100, sigma, 24), zeros(3 * dim, 0.0f), nans(2 * dim, std::nanf(""));
+  x[3 * dim + 2] = std::nanf("");
+  x[5 * dim + 9] = INFINITY;
+  const codec_spec spec = key_spec(transform_kind::permutation, {8, 3, 1, 0}, 2);
+  for (std::vector<float>* data : {&x, &zeros, &nans}) {
+    std::vector<float> steps(dim, -1.0f), leading_scale(2, -1.0f);
+    std::vector<std::int16_t> order(dim, -1);
+    REQUIRE(calibrate::calibrate_head(spec, rows_of(*data), {}, {order.data(), steps.data(), leading_scale.data()}));
+    for (const float s : steps) CHECK((std::isfinite(s) && s > 0.0f));
+    for (const float s : leading_scale) CHECK((std::isfinite(s) && s >= 1.17549435e-38f));
+    std::sort(order.begin(), order.end());
+    for (int c = 0; c < dim; ++c) REQUIRE(order[static_cast<std::size_t>(c)] == c);
+  }
+}
+
+TEST_CASE("calibrate: a leading component's scale covers four deviations") {
+  std::vector<float> sigma(dim, 1.0f);
+  sigma[0] = 10.0f;
+  const std::vector<float> x = gaussian_tokens(4000, sigma, 25);
+  float scale = 0.0f;
+  REQUIRE(calibrate::calibrate_head(key_spec(transform_kind::identity, {2, 2, 2, 2}, 1), rows_of(x), {},
+                                    {nullptr, nullptr, &scale}));
+  CHECK(std::fabs(scale * 127.0f - 40.0f) < 2.0f);
+}
+
+TEST_CASE("calibrate: wrong arguments are refused") {
+  const std::vector<float> x(2 * dim, 1.0f);
+  const codec_spec spec = key_spec(transform_kind::permutation, {2, 2, 2, 2});
+  std::vector<float> steps(dim);
+  CHECK_FALSE(calibrate::calibrate_head(spec, rows_of(x), {}, {nullptr, steps.data(), nullptr}));
+  const codec_spec plain = key_spec(transform_kind::identity, {2, 2, 2, 2});
+  CHECK_FALSE(calibrate::calibrate_head(plain, rows_of(x, 64), {}, {nullptr, steps.data(), nullptr}));
+  CHECK_FALSE(calibrate::calibrate_head(plain, make_input<2>(x.data(), dtype::float32, {0, dim}), {},
+                                        {nullptr, steps.data(), nullptr}));
+  CHECK_FALSE(calibrate::calibrate_head(plain, rows_of(x), make_input<3>(x.data(), dtype::float32, {1, 2, 64}),
+                                        {nullptr, steps.data(), nullptr}));
+  CHECK_FALSE(calibrate::calibrate_head(make_element_codec(codec_kind::fp8, dim), rows_of(x), {},
+                                        {nullptr, steps.data(), nullptr}));
+}

@@ -1,0 +1,613 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fibers and their scheduler. Everything runs on the host thread that called launch; launches exclude each other.
+#include "engine.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "runtime.hpp"
+#include "symbols.hpp"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define PACKKV_SIMT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define PACKKV_SIMT_ASAN 1
+#endif
+#endif
+#if defined(PACKKV_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers on the running stack, leaves its top in *from and continues at `to`.
+extern "C" void packkv_simt_switch(void** from, void* to);
+__asm__(
+    ".text\n"
+    ".globl packkv_simt_switch\n"
+    ".type packkv_simt_switch, @function\n"
+    "packkv_simt_switch:\n"
+    "  pushq %rbp\n"
+    "  pushq %rbx\n"
+    "  pushq %r12\n"
+    "  pushq %r13\n"
+    "  pushq %r14\n"
+    "  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n"
+    "  popq %r14\n"
+    "  popq %r13\n"
+    "  popq %r12\n"
+    "  popq %rbx\n"
+    "  popq %rbp\n"
+    "  ret\n"
+    ".size packkv_simt_switch, .-packkv_simt_switch\n");
+#endif
+
+namespace packkv_simt {
+namespace {
+
+using detail::kind;
+
+constexpr int lanes = 32;
+constexpr int max_threads = 1024;
+constexpr int max_warps = max_threads / lanes;
+#if defined(PACKKV_SIMT_ASAN) || !defined(__OPTIMIZE__)
+constexpr std::size_t stack_bytes = 512 * 1024;
+#else
+constexpr std::size_t stack_bytes = 128 * 1024;
+#endif
+constexpr std::size_t guard_bytes = 4096;
+
+/// SplitMix64.
+std::uint64_t next_random(std::uint64_t& state) {
+  std::uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+int lowest(std::uint32_t bits) { return __builtin_ctz(bits); }
+int highest(std::uint32_t bits) { return 31 - __builtin_clz(bits); }
+/// The first set bit at or after `from`, cyclically.
+int next_bit(std::uint32_t bits, unsigned from) {
+  from &= 31u;
+  const std::uint32_t turned = from == 0 ? bits : bits >> from | bits << (32 - from);
+  return static_cast<int>((static_cast<unsigned>(lowest(turned)) + from) & 31u);
+}
+
+const char* name_of(kind k) {
+  switch (k) {
+    case kind::none: break;
+    case kind::syncwarp: return "__syncwarp";
+    case kind::shfl: return "__shfl_sync";
+    case kind::shfl_up: return "__shfl_up_sync";
+    case kind::shfl_down: return "__shfl_down_sync";
+    case kind::shfl_xor: return "__shfl_xor_sync";
+    case kind::vote: return "a vote";
+    case kind::match: return "__match_any_sync";
+    case kind::reduce_add: return "__reduce_add_sync";
+    case kind::reduce_min: return "__reduce_min_sync";
+    case kind::reduce_max: return "__reduce_max_sync";
+    case kind::reduce_or: return "__reduce_or_sync";
+    case kind::reduce_and: return "__reduce_and_sync";
+    case kind::reduce_xor: return "__reduce_xor_sync";
+    case kind::syncthreads: return "__syncthreads";
+  }
+  return "nothing";
+}
+
+std::string text_of(site s) { return std::string(s.file) + ":" + std::to_string(s.line); }
+std::string text_of(uint3 i) { return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")"; }
+std::string text_of_mask(std::uint32_t mask) {
+  char text[16];
+  std::snprintf(text, sizeof text, "0x%08x", mask);
+  return text;
+}
+
+bool same_site(site a, site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+
+/// Where a thread waits.
+struct arrival {
+  kind what;
+  std::uint32_t mask;
+  site where;
+  int source;
+};
+bool same_collective(const arrival& a, const arrival& b) { return a.what == b.what && a.mask == b.mask && same_site(a.where, b.where); }
+
+/// A stack and what it takes to go on with it.
+struct context {
+  unsigned char* stack = nullptr;  // lowest usable byte; null: the host thread's own
+  std::size_t bytes = 0;
+#if defined(__x86_64__)
+  void* top = nullptr;
+#else
+  ucontext_t machine;
+#endif
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+struct fiber : context {
+  uint3 index{};
+  int warp = 0, lane = 0;
+};
+
+struct warp_state {
+  std::uint32_t live, ready, meeting, at_barrier;  // lanes: not exited; can run; wait in a warp collective; in __syncthreads
+  arrival at[lanes];
+  std::uint64_t in[lanes], out[lanes];
+};
+
+struct engine {
+  std::mutex busy;
+  schedule plan;
+  counters count;
+
+  // The launch.
+  const void* kernel = nullptr;
+  void (*thread)(void*) = nullptr;
+  void* argument = nullptr;
+  std::string failure;
+  std::uint64_t random = 0;
+
+  // The block.
+  std::vector<fiber> fibers;  // as many as the largest block so far
+  warp_state warps[max_warps];
+  int threads = 0, live = 0, waiting_at_barrier = 0;
+  unsigned predicates = 0, barrier_result = 0;
+  std::uint32_t ready_warps = 0;
+  int favourite = 0;  // order::ahead
+  context host;
+  fiber* current = nullptr;
+};
+
+engine& the_engine() {
+  static engine* e = [] {
+    engine* made = new engine;  // never destroyed: fibers may hold abandoned frames
+    if (const char* text = std::getenv("PACKKV_SIMT_SCHEDULE")) made->plan = parse_schedule(text);
+    return made;
+  }();
+  return *e;
+}
+engine& e_ = the_engine();
+
+// ------------------------------------------------------------------------------------------------------------ switching
+void thread_main();
+
+void after_switch([[maybe_unused]] context& self) {
+#if defined(PACKKV_SIMT_ASAN)
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(self.fake_stack, &bottom, &bytes);
+  if (e_.host.bytes == 0) {  // the first fiber of a launch comes from the host thread
+    e_.host.stack = const_cast<unsigned char*>(static_cast<const unsigned char*>(bottom));
+    e_.host.bytes = bytes;
+  }
+#endif
+}
+
+/// Continues at `to`; returns when something continues at `from`.
+void switch_context(context& from, context& to, [[maybe_unused]] bool for_ever = false) {
+  ++e_.count.switches;
+#if defined(PACKKV_SIMT_ASAN)
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.stack, to.bytes);
+#endif
+#if defined(__x86_64__)
+  packkv_simt_switch(&from.top, to.top);
+#else
+  swapcontext(&from.machine, &to.machine);
+#endif
+  after_switch(from);
+}
+
+void go_to(fiber& next, bool for_ever = false) {
+  fiber& self = *e_.current;
+  e_.current = &next;
+  threadIdx = next.index;
+  switch_context(self, next, for_ever);
+}
+
+[[noreturn]] void leave_to_host() {
+  fiber& self = *e_.current;
+  e_.current = nullptr;
+  switch_context(self, e_.host, true);
+  std::abort();
+}
+
+/// Makes a fiber start in thread_main.
+void prepare(fiber& f, [[maybe_unused]] int number) {
+  if (f.stack == nullptr) {
+    void* memory = mmap(nullptr, stack_bytes + guard_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, guard_bytes, PROT_NONE) != 0) throw std::bad_alloc();
+    f.stack = static_cast<unsigned char*>(memory) + guard_bytes;
+    f.bytes = stack_bytes;
+  }
+  f.fake_stack = nullptr;
+#if defined(__x86_64__)
+  // Tops at different cache sets: otherwise the hot frames of all lanes would share one.
+  auto* top = reinterpret_cast<void**>(f.stack + f.bytes - 64 - static_cast<std::size_t>(number % 64) * 320);
+  *--top = nullptr;  // thread_main's return address: the end of the stack for debuggers and unwinders
+  *--top = reinterpret_cast<void*>(&thread_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  f.top = top;
+#else
+  getcontext(&f.machine);
+  f.machine.uc_stack.ss_sp = f.stack;
+  f.machine.uc_stack.ss_size = f.bytes;
+  f.machine.uc_link = nullptr;
+  makecontext(&f.machine, &thread_main, 0);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------- scheduling
+/// The thread that runs next, or null if all that live wait.
+fiber* choose() {
+  const std::uint32_t warps = e_.ready_warps;
+  if (warps == 0) return nullptr;
+  int w = 0, l = 0;
+  switch (e_.plan.kind) {
+    case order::in_order:
+      w = lowest(warps);
+      l = lowest(e_.warps[w].ready);
+      break;
+    case order::reverse:
+      w = highest(warps);
+      l = highest(e_.warps[w].ready);
+      break;
+    case order::random: {
+      const std::uint64_t r = next_random(e_.random);
+      w = next_bit(warps, static_cast<unsigned>(r));
+      l = next_bit(e_.warps[w].ready, static_cast<unsigned>(r >> 32));
+      break;
+    }
+    case order::ahead:
+      w = (warps >> e_.favourite & 1u) != 0 ? e_.favourite : next_bit(warps, e_.current == nullptr ? 0u : static_cast<unsigned>(e_.current->warp) + 1);
+      l = lowest(e_.warps[w].ready);
+      break;
+  }
+  return &e_.fibers[static_cast<std::size_t>(w * lanes + l)];
+}
+
+void make_ready(int w, std::uint32_t mask) {
+  e_.warps[w].ready |= mask;
+  if (e_.warps[w].ready != 0) e_.ready_warps |= 1u << w;
+}
+void make_waiting(const fiber& f) {
+  warp_state& w = e_.warps[f.warp];
+  w.ready &= ~(1u << f.lane);
+  if (w.ready == 0) e_.ready_warps &= ~(1u << f.warp);
+}
+
+std::string thread_name(const fiber& f) {
+  return "thread " + text_of(f.index) + " (warp " + std::to_string(f.warp) + ", lane " + std::to_string(f.lane) + ")";
+}
+std::string where_is(int warp, int lane) {
+  const warp_state& w = e_.warps[warp];
+  const std::string who = "lane " + std::to_string(lane);
+  if (warp * lanes + lane >= e_.threads) return who + " does not exist";
+  if ((w.live >> lane & 1u) == 0) return who + " has exited";
+  if (((w.meeting | w.at_barrier) >> lane & 1u) == 0) return who + " has not arrived";
+  const arrival& a = w.at[lane];
+  return who + " waits at " + name_of(a.what) + (a.what == kind::syncthreads ? "" : " (mask " + text_of_mask(a.mask) + ")") + " at " + text_of(a.where);
+}
+
+[[noreturn]] void fail_thread(const fiber& f, const std::string& what, site where) {
+  e_.failure = "packkv_simt: " + what + "\n  in " + detail::function_name(e_.kernel) + ", block " + text_of(blockIdx) + ", " + thread_name(f) + ", at " +
+               text_of(where) + "\n  schedule " + to_string(e_.plan) + ", launch " + std::to_string(e_.count.launches);
+  leave_to_host();
+}
+
+/// Nobody can run and somebody lives: says who waits for whom.
+[[noreturn]] void fail_deadlock() {
+  const auto fiber_at = [](int w, int l) -> const fiber& { return e_.fibers[static_cast<std::size_t>(w * lanes + l)]; };
+  const int warps = (e_.threads + lanes - 1) / lanes;
+  for (int w = 0; w < warps; ++w)
+    if (const std::uint32_t meeting = e_.warps[w].meeting) {
+      const int l = lowest(meeting);
+      const arrival& a = e_.warps[w].at[l];
+      std::string what = std::string("deadlock: ") + name_of(a.what) + " (mask " + text_of_mask(a.mask) + ") waits for ever:";
+      int shown = 0;
+      for (int other = 0; other < lanes; ++other) {
+        const bool here = (meeting >> other & 1u) != 0 && same_collective(e_.warps[w].at[other], a);
+        if ((a.mask >> other & 1u) != 0 && !here && ++shown <= 3) what += (shown == 1 ? " " : "; ") + where_is(w, other);
+      }
+      fail_thread(fiber_at(w, l), what, a.where);
+    }
+  // All wait at __syncthreads, so they came to different ones (or it would have opened).
+  const fiber* first = nullptr;
+  for (int w = 0; w < warps; ++w)
+    for (int l = 0; l < lanes; ++l)
+      if ((e_.warps[w].at_barrier >> l & 1u) != 0) {
+        const arrival& a = e_.warps[w].at[l];
+        if (first == nullptr) first = &fiber_at(w, l);
+        else if (const arrival& b = e_.warps[first->warp].at[first->lane]; !same_site(a.where, b.where))
+          fail_thread(*first, "divergent __syncthreads: " + thread_name(fiber_at(w, l)) + " waits at another one at " + text_of(a.where), b.where);
+      }
+  std::abort();
+}
+
+/// Lets the schedule choose; returns when the running thread is chosen again.
+void yield() {
+  fiber* next = choose();
+  if (next == nullptr) fail_deadlock();
+  if (next != e_.current) go_to(*next);
+}
+
+/// Opens the barrier if all that live are there, and at the same one.
+void try_barrier() {
+  if (e_.live == 0 || e_.waiting_at_barrier != e_.live) return;
+  const arrival* first = nullptr;
+  const int warps = (e_.threads + lanes - 1) / lanes;
+  for (int w = 0; w < warps; ++w)
+    for (std::uint32_t rest = e_.warps[w].at_barrier; rest != 0; rest &= rest - 1) {
+      const arrival& a = e_.warps[w].at[lowest(rest)];
+      if (first == nullptr) first = &a;
+      else if (!same_site(first->where, a.where)) return;  // fail_deadlock names both
+    }
+  for (int w = 0; w < warps; ++w) {
+    make_ready(w, e_.warps[w].at_barrier);
+    e_.warps[w].at_barrier = 0;
+  }
+  e_.barrier_result = e_.predicates;
+  e_.predicates = 0;
+  e_.waiting_at_barrier = 0;
+}
+
+/// What each lane of a complete meeting gets.
+void resolve(warp_state& w, const arrival& a) {
+  const auto each = [&](auto&& f) {
+    for (std::uint32_t rest = a.mask; rest != 0; rest &= rest - 1) f(lowest(rest));
+  };
+  const auto all_get = [&](std::uint64_t x) { each([&](int l) { w.out[l] = x; }); };
+  const auto reduce = [&](auto&& combine) {
+    auto x = static_cast<std::uint32_t>(w.in[lowest(a.mask)]);
+    for (std::uint32_t rest = a.mask & (a.mask - 1); rest != 0; rest &= rest - 1) x = combine(x, static_cast<std::uint32_t>(w.in[lowest(rest)]));
+    all_get(x);
+  };
+  using u = std::uint32_t;
+  switch (a.what) {
+    case kind::none:
+    case kind::syncwarp:
+    case kind::syncthreads: break;
+    case kind::shfl:
+    case kind::shfl_up:
+    case kind::shfl_down:
+    case kind::shfl_xor: each([&](int l) { w.out[l] = w.in[w.at[l].source]; }); break;
+    case kind::vote: {
+      std::uint32_t ballot = 0;
+      each([&](int l) { ballot |= w.in[l] != 0 ? 1u << l : 0u; });
+      all_get(ballot);
+      break;
+    }
+    case kind::match:
+      each([&](int l) {
+        std::uint32_t equal = 0;
+        each([&](int m) { equal |= w.in[m] == w.in[l] ? 1u << m : 0u; });
+        w.out[l] = equal;
+      });
+      break;
+    case kind::reduce_add: reduce([](u x, u y) { return x + y; }); break;
+    case kind::reduce_min: reduce([](u x, u y) { return x < y ? x : y; }); break;
+    case kind::reduce_max: reduce([](u x, u y) { return x > y ? x : y; }); break;
+    case kind::reduce_or: reduce([](u x, u y) { return x | y; }); break;
+    case kind::reduce_and: reduce([](u x, u y) { return x & y; }); break;
+    case kind::reduce_xor: reduce([](u x, u y) { return x ^ y; }); break;
+  }
+}
+
+void thread_main() {
+  after_switch(*e_.current);
+  try {
+    e_.thread(e_.argument);
+  } catch (const std::exception& x) {
+    fail_thread(*e_.current, std::string("the kernel threw: ") + x.what(), {"(unknown)", 0});
+  } catch (...) {
+    fail_thread(*e_.current, "the kernel threw", {"(unknown)", 0});
+  }
+  fiber& self = *e_.current;
+  make_waiting(self);
+  e_.warps[self.warp].live &= ~(1u << self.lane);
+  --e_.live;
+  try_barrier();
+  if (e_.live == 0) leave_to_host();
+  fiber* next = choose();
+  if (next == nullptr) fail_deadlock();
+  go_to(*next, true);
+  std::abort();
+}
+
+// ------------------------------------------------------------------------------------------------------------ launching
+/// Fills shared variables with 0xff, so that a block finds nothing of another. Not instrumented: sizes in the symbol
+/// table may include AddressSanitizer's red zones.
+__attribute__((no_sanitize("address"), noinline)) void poison_shared() {
+  for (const detail::memory_range& r : detail::shared_variables())
+    for (std::size_t i = 0; i < r.bytes; ++i) {
+      r.begin[i] = 0xff;
+      __asm__ volatile("" ::: "memory");
+    }
+}
+
+void run_block(uint3 block) {
+  blockIdx = block;
+  e_.live = e_.threads;
+  e_.waiting_at_barrier = 0;
+  e_.predicates = 0;
+  e_.ready_warps = 0;
+  const int warps = (e_.threads + lanes - 1) / lanes;
+  for (int w = 0; w < warps; ++w) {
+    const int count = std::min(lanes, e_.threads - w * lanes);
+    e_.warps[w].live = count == lanes ? 0xffffffffu : (1u << count) - 1;
+    e_.warps[w].ready = e_.warps[w].meeting = e_.warps[w].at_barrier = 0;
+    make_ready(w, e_.warps[w].live);
+  }
+  const auto bx = blockDim.x, by = blockDim.y;
+  for (int i = 0; i < e_.threads; ++i) {
+    fiber& f = e_.fibers[static_cast<std::size_t>(i)];
+    const auto t = static_cast<unsigned>(i);
+    f.index = {t % bx, t / bx % by, t / bx / by};
+    f.warp = i / lanes;
+    f.lane = i % lanes;
+    prepare(f, i);
+  }
+  e_.favourite = e_.plan.warp % warps;
+  fiber* first = choose();
+  e_.current = first;
+  threadIdx = first->index;
+  e_.host.bytes = 0;
+  switch_context(e_.host, *first);
+  ++e_.count.blocks;
+  if (e_.failure.empty()) return;
+#if defined(PACKKV_SIMT_ASAN)
+  for (fiber& f : e_.fibers)
+    if (f.stack != nullptr) __asan_unpoison_memory_region(f.stack, f.bytes);
+#endif
+  std::string failure;
+  failure.swap(e_.failure);
+  throw error(failure);
+}
+
+}  // namespace
+
+schedule get_schedule() { return e_.plan; }
+void set_schedule(const schedule& s) {
+  e_.plan = s;
+  e_.random = s.seed;
+}
+counters get_counters() { return e_.count; }
+
+schedule parse_schedule(const std::string& text) {
+  const std::size_t colon = text.find(':');
+  const std::string name = text.substr(0, colon);
+  const unsigned long long number = colon == std::string::npos ? 0 : std::stoull(text.substr(colon + 1));
+  schedule s;
+  if (name == "in_order") s.kind = order::in_order;
+  else if (name == "reverse") s.kind = order::reverse;
+  else if (name == "random") s.kind = order::random, s.seed = number;
+  else if (name == "ahead") s.kind = order::ahead, s.warp = static_cast<int>(number % max_warps);
+  else throw std::invalid_argument("packkv_simt: a schedule is in_order, reverse, random:SEED or ahead:WARP, not " + text);
+  return s;
+}
+std::string to_string(const schedule& s) {
+  switch (s.kind) {
+    case order::in_order: break;
+    case order::reverse: return "reverse";
+    case order::random: return "random:" + std::to_string(s.seed);
+    case order::ahead: return "ahead:" + std::to_string(s.warp);
+  }
+  return "in_order";
+}
+
+namespace detail {
+
+unsigned lane() { return e_.current == nullptr ? 0 : static_cast<unsigned>(e_.current->lane); }
+
+void fail(const std::string& what, site where) {
+  if (e_.current == nullptr) throw error("packkv_simt: " + what + "\n  outside of a kernel, at " + text_of(where));
+  fail_thread(*e_.current, what, where);
+}
+
+void preempt() {
+  if (e_.current == nullptr || e_.plan.kind != order::random) return;
+  if ((next_random(e_.random) & 7u) == 0) yield();
+}
+
+std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int source) {
+  if (e_.current == nullptr) fail(std::string(name_of(k)) + " by the host", where);
+  fiber& self = *e_.current;
+  warp_state& w = e_.warps[self.warp];
+  const int lane = self.lane;
+  const std::uint32_t bit = 1u << lane;
+  const arrival mine{k, mask, where, source};
+  const auto refuse = [&](const std::string& why) { fail_thread(self, std::string(name_of(k)) + " (mask " + text_of_mask(mask) + "): " + why, where); };
+  if ((mask & bit) == 0) refuse("the mask does not name the calling lane");
+  if ((mask & ~w.live) != 0) refuse("the mask names a lane that will not come: " + where_is(self.warp, lowest(mask & ~w.live)));
+  if ((mask & w.at_barrier) != 0) refuse("the mask names a lane that will not come: " + where_is(self.warp, lowest(mask & w.at_barrier)));
+  if (const std::uint32_t others = w.meeting & mask) {
+    const int other = lowest(others);
+    if ((w.at[other].mask & bit) != 0 && !same_collective(w.at[other], mine)) refuse("lanes of the mask are at different collectives: " + where_is(self.warp, other));
+  }
+  w.at[lane] = mine;
+  w.in[lane] = value;
+  w.meeting |= bit;
+  bool complete = (w.meeting & mask) == mask;
+  for (std::uint32_t rest = complete ? mask : 0; rest != 0 && complete; rest &= rest - 1) complete = same_collective(w.at[lowest(rest)], mine);
+  if (complete) {
+    resolve(w, mine);
+    w.meeting &= ~mask;
+    make_ready(self.warp, mask);
+  } else {
+    make_waiting(self);
+  }
+  yield();
+  return w.out[lane];
+}
+
+unsigned barrier(bool predicate, site where) {
+  if (e_.current == nullptr) fail("__syncthreads by the host", where);
+  fiber& self = *e_.current;
+  warp_state& w = e_.warps[self.warp];
+  w.at[self.lane] = {kind::syncthreads, 0xffffffffu, where, 0};
+  w.at_barrier |= 1u << self.lane;
+  e_.predicates += predicate ? 1 : 0;
+  ++e_.waiting_at_barrier;
+  make_waiting(self);
+  try_barrier();
+  yield();
+  return e_.barrier_result;
+}
+
+int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 grid, dim3 block) {
+  thread_local bool launching = false;
+  if (launching) fail("a launch from within a kernel", {"(unknown)", 0});
+  const std::lock_guard<std::mutex> lock(e_.busy);
+  struct in_launch {
+    in_launch() { launching = true; }
+    ~in_launch() { launching = false; }
+  } guard;
+  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
+  const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > max_threads || block.x > max_threads || block.y > max_threads || block.z > 64 || blocks == 0 ||
+      grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  e_.kernel = kernel;
+  e_.thread = thread;
+  e_.argument = argument;
+  e_.threads = static_cast<int>(threads);
+  if (e_.fibers.size() < threads) e_.fibers.resize(threads);
+  blockDim = block;
+  gridDim = grid;
+  ++e_.count.launches;
+
+  std::vector<std::uint32_t> shuffled;
+  if (e_.plan.kind == order::random && blocks <= (1u << 20)) {
+    shuffled.resize(blocks);
+    std::iota(shuffled.begin(), shuffled.end(), 0u);
+    for (std::size_t i = shuffled.size() - 1; i > 0; --i) std::swap(shuffled[i], shuffled[next_random(e_.random) % (i + 1)]);
+  }
+  for (std::uint64_t i = 0; i < blocks; ++i) {
+    std::uint64_t b = i;
+    if (e_.plan.kind == order::reverse) b = blocks - 1 - i;
+    if (e_.plan.kind == order::ahead) b = i == 0 ? blocks - 1 : i - 1;
+    if (!shuffled.empty()) b = shuffled[i];
+    poison_shared();
+    run_block({static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y)});
+  }
+  return cudaSuccess;
+}
+
+}  // namespace detail
+}  // namespace packkv_simt
