@@ -21,7 +21,7 @@ __global__ void alibi_attention(pk::pages_view pages, pk::parameters<format> par
   __shared__ merge::temp_storage merge_storage;
   const pk::codec_spec key = format::key(), value = format::value();
   const int head = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const auto key_head = pk::detail::of_head(key, params.key, head), value_head = pk::detail::of_head(value, params.value, head);
+  const auto key_head = pk::of_head(key, params.key, head), value_head = pk::of_head(value, params.value, head);
 
   keys::prepare(query_storage, key, key_head, [&](int r, int c) { return queries[(head * rows + r) * dim + c]; }, warp, warps);
   __syncthreads();
@@ -30,7 +30,7 @@ __global__ void alibi_attention(pk::pages_view pages, pk::parameters<format> par
   for (int tile = warp; tile < (n + 63) / 64; tile += warps) {
     const int page = tile / pages.tiles_per_page, slot = tile % pages.tiles_per_page;  // a contiguous cache
     float weights[2][rows], rescale[rows];
-    keys::compute(query_storage, key, pk::detail::key_tile(pages, key, page, head, slot), weights);
+    keys::compute(query_storage, key, pk::key_tile(pages, key, page, head, slot), weights);
     for (int j = 0; j < 2; ++j)
       for (int r = 0; r < rows; ++r) {
         const int t = 64 * tile + lane + 32 * j;
@@ -39,7 +39,7 @@ __global__ void alibi_attention(pk::pages_view pages, pk::parameters<format> par
       }
     softmax.weigh(weights, rescale);
     sum.rescale(rescale);
-    sum.add(value, pk::detail::value_tile(pages, value, page, head, slot), weights);
+    sum.add(value, pk::value_tile(pages, value, page, head, slot), weights);
   }
   auto row = merge::merge(merge_storage, softmax, sum);
   merge::finish(merge_storage, value, value_head, row);
@@ -102,8 +102,8 @@ int main() {
     for (int t = 0; t < n; ++t) {
       float kt[dim], vt[dim];
       const int head = h / rows;
-      pk::reference::decode_token(format::key(), pk::detail::of_head(format::key(), params.key, head), pk::detail::key_tile(pages, format::key(), 0, head, t / 64), t % 64, kt);
-      pk::reference::decode_token(format::value(), pk::detail::of_head(format::value(), params.value, head), pk::detail::value_tile(pages, format::value(), 0, head, t / 64), t % 64, vt);
+      pk::reference::decode_token(format::key(), pk::of_head(format::key(), params.key, head), pk::key_tile(pages, format::key(), 0, head, t / 64), t % 64, kt);
+      pk::reference::decode_token(format::value(), pk::of_head(format::value(), params.value, head), pk::value_tile(pages, format::value(), 0, head, t / 64), t % 64, vt);
       expected.add(pk::reference::detail::dot(q + h * dim, kt, dim) / std::sqrt(128.0) - static_cast<double>(slopes[h]) * (n - 1 - t), vt);
     }
     double difference = 0.0, norm = 0.0;

@@ -47,7 +47,7 @@ struct decode_problem {
       const int rows = cache.shape.batch + 2;
       ring_keys = overlay(random, rows, ring_capacity, Format::key_head_dim);
       ring_values = overlay(random, rows, ring_capacity, Format::value_head_dim);
-      for (int b = 0; b < cache.shape.batch; ++b) ring_rows.push_back(random.one_in(5) ? -1 : rows - 1 - b);
+      for (int b = 0; b < cache.shape.batch; ++b) ring_rows.push_back(random.one_in(4) ? (random.one_in(2) ? -1 : rows + 7) : rows - 1 - b);
       ring_window = window;
     }
     if (random.one_in(4)) {  // this cache holds every second position of a longer context

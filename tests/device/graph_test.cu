@@ -62,7 +62,7 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
       const int t = cache.lengths[static_cast<std::size_t>(b)]++;
       const auto table = cache.host_table();
       std::uint32_t flags = 0;
-      slot[static_cast<std::size_t>(b)] = static_cast<std::int64_t>(pk::detail::find_page(table, cache.host_pages().num_pages, b, t / 64, flags)) * 64 + t % 64;
+      slot[static_cast<std::size_t>(b)] = static_cast<std::int64_t>(pk::find_page(table, cache.host_pages().num_pages, b, t / 64, flags)) * 64 + t % 64;
       for (int h = 0; h < kv_heads; ++h)
         for (int c = 0; c < dim; ++c) {
           k.push_back(*static_cast<const std::uint16_t*>(pk::detail::address(cache.keys.host(), b, h, t, c)));

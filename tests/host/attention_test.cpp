@@ -136,10 +136,12 @@ void check_attention(random_source& random, bool plain) {
   format.key_spec = random_codec(random, pk::side::key, Dk);
   format.value_spec = random_codec(random, pk::side::value, Dv);
   const int batch = random.between(1, 3), heads = random.between(1, 2), group = random.between(1, 8);
-  const int max_len = random.between(1, 200), max_q = random.between(1, 8), capacity_more = random.below(20);
+  const int max_len = random.between(1, 200), max_q = random.between(1, 8),
+            capacity_more = random.chance(2) ? 0 : random.below(20);
   std::vector<std::int32_t> lengths, starts{random.below(3)};
   for (int b = 0; b < batch; ++b) lengths.push_back(random.chance(5) ? 0 : random.below(max_len + 1));
-  for (int b = 0; b < batch; ++b) starts.push_back(starts.back() + (random.chance(5) ? 0 : random.between(1, max_q)));
+  for (int b = 0; b < batch; ++b)
+    starts.push_back(starts.back() + (random.chance(5) ? 0 : random.chance(2) ? max_q : random.between(1, max_q)));
   const std::int32_t rows = starts.back() + random.below(2);
   cache_fixture<Dk, Dv> f(random, format, lengths, heads, max_len);
 

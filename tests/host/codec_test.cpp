@@ -519,7 +519,7 @@ TEST_CASE("the error of a plan on Gaussian data is the theory of the uniform qua
             power += x * x;
           }
         INFO("width " << row.width << " measured " << error / power << " theory " << row.error);
-        CHECK(std::fabs(error / power / row.error - 1.0) < (row.width == 8 ? 0.15 : 0.04));  // 8 bits: rare tails
+        CHECK(std::fabs(error / power / row.error - 1.0) < (row.width == 8 ? 0.15 : 0.07));  // 8 bits: rare tails
         CHECK(error / power < last);
       }
       if (transform == pk::transform_kind::hadamard) last = row.error / 2;
@@ -576,7 +576,7 @@ TEST_CASE("coding fp8 pages again gives the same bytes for tensor scales 2^-15 t
     }
 }
 
-TEST_CASE("coding a plan page again drifts: most codes stay, the row scale shrinks, and it is no identity", "[codec]") {
+TEST_CASE("coding a plan page again drifts: codes mostly stay, few-bit row scales shrink, no identity", "[codec]") {
   const std::uint64_t seed = seed_of(70);
   INFO("seed " << seed);
   const struct {
@@ -586,7 +586,7 @@ TEST_CASE("coding a plan page again drifts: most codes stay, the row scale shrin
                 {2, 0.92, 0.96, 0.999},
                 {3, 0.97, 0.99, 0.999},
                 {4, 0.985, 0.999, 0.999},
-                {8, 0.999, 1.0, 0.99}};
+                {8, 0.999, 1.001, 0.99}};
   for (const auto& row : bounds) {
     pk::parameters<pk::runtime_format<128>> p;
     p.format.key_spec =

@@ -29,7 +29,7 @@ std::vector<std::uint16_t> read_npy(const std::string& name, const std::string& 
   const std::string path = std::string(PACKKV_SAMPLE_DATA) + "/" + name;
   std::ifstream file(path, std::ios::binary);
   INFO(path);
-  REQUIRE(file);
+  REQUIRE(file.good());
   const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   REQUIRE(bytes.size() > 10);
   REQUIRE(bytes.compare(0, 8, std::string("\x93NUMPY\x01\x00", 8)) == 0);

@@ -237,6 +237,10 @@ void prepare(fiber& f, [[maybe_unused]] int number) {
     f.bytes = stack_bytes;
   }
   f.fake_stack = nullptr;
+#if defined(PACKKV_SIMT_ASAN)
+  // The red zones of the frames that an exited thread never left: thread_main and what it called to go away.
+  __asan_unpoison_memory_region(f.stack + f.bytes - 65536, 65536);
+#endif
 #if defined(__x86_64__)
   // Tops at different cache sets: otherwise the hot frames of all lanes would share one.
   auto* top = reinterpret_cast<void**>(f.stack + f.bytes - 64 - static_cast<std::size_t>(number % 64) * 320);
@@ -305,10 +309,16 @@ std::string where_is(int warp, int lane) {
   return who + " waits at " + name_of(a.what) + (a.what == kind::syncthreads ? "" : " (mask " + text_of_mask(a.mask) + ")") + " at " + text_of(a.where);
 }
 
+/// Leaves the running thread once e_.failure says why; thread_main catches it.
+struct stop {};
+
+void describe_failure(const fiber& f, const std::string& what, const std::string& where) {
+  e_.failure = "packkv_simt: " + what + "\n  in " + detail::function_name(e_.kernel) + ", block " + text_of(blockIdx) + ", " + thread_name(f) + where +
+               "\n  schedule " + to_string(e_.plan) + ", launch " + std::to_string(e_.count.launches);
+}
 [[noreturn]] void fail_thread(const fiber& f, const std::string& what, site where) {
-  e_.failure = "packkv_simt: " + what + "\n  in " + detail::function_name(e_.kernel) + ", block " + text_of(blockIdx) + ", " + thread_name(f) + ", at " +
-               text_of(where) + "\n  schedule " + to_string(e_.plan) + ", launch " + std::to_string(e_.count.launches);
-  leave_to_host();
+  describe_failure(f, what, ", at " + text_of(where));
+  throw stop{};
 }
 
 /// Nobody can run and somebody lives: says who waits for whom.
@@ -409,23 +419,31 @@ void resolve(warp_state& w, const arrival& a) {
   }
 }
 
-void thread_main() {
-  after_switch(*e_.current);
-  try {
-    e_.thread(e_.argument);
-  } catch (const std::exception& x) {
-    fail_thread(*e_.current, std::string("the kernel threw: ") + x.what(), {"(unknown)", 0});
-  } catch (...) {
-    fail_thread(*e_.current, "the kernel threw", {"(unknown)", 0});
-  }
+/// The running thread has come to its end; returns who runs next, or null if it was the last of its block.
+fiber* retire() {
   fiber& self = *e_.current;
   make_waiting(self);
   e_.warps[self.warp].live &= ~(1u << self.lane);
   --e_.live;
   try_barrier();
-  if (e_.live == 0) leave_to_host();
   fiber* next = choose();
-  if (next == nullptr) fail_deadlock();
+  if (next == nullptr && e_.live > 0) fail_deadlock();
+  return next;
+}
+
+void thread_main() {
+  after_switch(*e_.current);
+  fiber* next = nullptr;
+  try {
+    e_.thread(e_.argument);
+    next = retire();
+  } catch (const stop&) {
+  } catch (const std::exception& x) {
+    describe_failure(*e_.current, std::string("the kernel threw: ") + x.what(), "");
+  } catch (...) {
+    describe_failure(*e_.current, "the kernel threw", "");
+  }
+  if (next == nullptr) leave_to_host();
   go_to(*next, true);
   std::abort();
 }

@@ -10,14 +10,15 @@
 #include <tuple>
 
 // __shared__ variables are function statics: blocks run one after another, and the executor fills those that stand in
-// functions of namespace packkv or packkv_test with 0xff bytes before each block. `extern __shared__` is not supported.
+// functions of namespace packkv or packkv_test with 0xff bytes before each block ("used" keeps them as they are declared).
+// `extern __shared__` is not supported.
 #define __global__
 #define __device__
 #define __host__
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static __attribute__((used))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 

@@ -190,7 +190,7 @@ __global__ void read_shared_unwritten(std::uint32_t* out) {
 
 }  // namespace
 
-TEST_CASE("every thread of every block runs once and knows its place") {
+TEST_CASE("every thread of every block runs once and knows its place", "[executor]") {
   for (const schedule& s : all_schedules()) {
     INFO(packkv_simt::to_string(s));
     const packkv_simt::with_schedule guard(s);
@@ -201,7 +201,7 @@ TEST_CASE("every thread of every block runs once and knows its place") {
   }
 }
 
-TEST_CASE("shuffles give what the CUDA programming guide says") {
+TEST_CASE("shuffles give what the CUDA programming guide says", "[executor]") {
   for (const schedule& s : all_schedules()) {
     INFO(packkv_simt::to_string(s));
     const packkv_simt::with_schedule guard(s);
@@ -215,7 +215,7 @@ TEST_CASE("shuffles give what the CUDA programming guide says") {
   }
 }
 
-TEST_CASE("votes, matches and reductions see all lanes of their mask and no other") {
+TEST_CASE("votes, matches and reductions see all lanes of their mask and no other", "[executor]") {
   for (const schedule& s : all_schedules()) {
     INFO(packkv_simt::to_string(s));
     const packkv_simt::with_schedule guard(s);
@@ -239,7 +239,7 @@ TEST_CASE("votes, matches and reductions see all lanes of their mask and no othe
   }
 }
 
-TEST_CASE("block barriers order shared memory, and blocks do not see each other's") {
+TEST_CASE("block barriers order shared memory, and blocks do not see each other's", "[executor]") {
   for (const schedule& s : all_schedules()) {
     INFO(packkv_simt::to_string(s));
     const packkv_simt::with_schedule guard(s);
@@ -257,13 +257,13 @@ TEST_CASE("block barriers order shared memory, and blocks do not see each other'
   }
 }
 
-TEST_CASE("shared memory is filled with 0xff before each block") {
+TEST_CASE("shared memory is filled with 0xff before each block", "[executor]") {
   std::vector<std::uint32_t> out(4);
   packkv_simt::launch(read_shared_unwritten, dim3(4), dim3(1), out.data());
   CHECK(out == std::vector<std::uint32_t>(4, 0xffffffffu));
 }
 
-TEST_CASE("atomics return the old value and wrap as CUDA's do") {
+TEST_CASE("atomics return the old value and wrap as CUDA's do", "[executor]") {
   unsigned u = 0;
   CHECK(atomicInc(&u, 2) == 0);
   CHECK(atomicInc(&u, 2) == 1);
@@ -288,7 +288,7 @@ TEST_CASE("atomics return the old value and wrap as CUDA's do") {
   CHECK(f == 3.5f);
 }
 
-TEST_CASE("a divergent __syncthreads is an error that names both lines") {
+TEST_CASE("a divergent __syncthreads is an error that names both lines", "[executor]") {
   for (const schedule& s : all_schedules()) {
     const packkv_simt::with_schedule guard(s);
     const std::string message = error_of(divergent_barrier, 64);
@@ -301,7 +301,7 @@ TEST_CASE("a divergent __syncthreads is an error that names both lines") {
   }
 }
 
-TEST_CASE("a mask that names an exited lane is an error") {
+TEST_CASE("a mask that names an exited lane is an error", "[executor]") {
   for (const schedule& s : all_schedules()) {
     const packkv_simt::with_schedule guard(s);
     std::vector<int> out(64);
@@ -312,12 +312,12 @@ TEST_CASE("a mask that names an exited lane is an error") {
   }
 }
 
-TEST_CASE("a lane that does not exist cannot be named") {
+TEST_CASE("a lane that does not exist cannot be named", "[executor]") {
   std::vector<int> out(64 * 12);
   contains(error_of(shuffle_all, 48, out.data()), "lane 16 does not exist");
 }
 
-TEST_CASE("a lane that waits at a block barrier while others name it is an error") {
+TEST_CASE("a lane that waits at a block barrier while others name it is an error", "[executor]") {
   for (const schedule& s : all_schedules()) {
     const packkv_simt::with_schedule guard(s);
     int out = 0;
@@ -327,7 +327,7 @@ TEST_CASE("a lane that waits at a block barrier while others name it is an error
   }
 }
 
-TEST_CASE("lanes of one mask at different collectives are an error") {
+TEST_CASE("lanes of one mask at different collectives are an error", "[executor]") {
   for (const schedule& s : all_schedules()) {
     const packkv_simt::with_schedule guard(s);
     unsigned out[2];
@@ -338,7 +338,7 @@ TEST_CASE("lanes of one mask at different collectives are an error") {
   }
 }
 
-TEST_CASE("other misuse ends a launch with its place, and the next launch is unharmed") {
+TEST_CASE("other misuse ends a launch with its place, and the next launch is unharmed", "[executor]") {
   std::vector<int> out(64 * 12);
   contains(error_of(not_in_own_mask, 32), "does not name the calling lane");
   contains(error_of(source_not_in_mask, 32, out.data()), "lane 20, which its mask does not name");
@@ -348,13 +348,13 @@ TEST_CASE("other misuse ends a launch with its place, and the next launch is unh
   CHECK_THROWS_AS(__syncwarp(), packkv_simt::error);
 }
 
-TEST_CASE("an impossible configuration is refused as by the CUDA runtime") {
+TEST_CASE("an impossible configuration is refused as by the CUDA runtime", "[executor]") {
   CHECK(packkv_simt::launch(trap, dim3(1), dim3(1025)) == cudaErrorInvalidConfiguration);
   CHECK(packkv_simt::launch(trap, dim3(0), dim3(32)) == cudaErrorInvalidConfiguration);
   CHECK(packkv::detail::launch(trap, dim3(1), 0, nullptr).code == packkv::status_code::cuda_error);
 }
 
-TEST_CASE("a missing __syncwarp shows under some schedule, and a present one under none") {
+TEST_CASE("a missing __syncwarp shows under some schedule, and a present one under none", "[executor]") {
   std::vector<int> expected(192);
   for (int i = 0; i < 192; ++i) expected[static_cast<std::size_t>(i)] = i / 64 * 100 + i % 64 / 32 * 32 + (i + 1) % 32;
   int wrong = 0;
@@ -370,7 +370,7 @@ TEST_CASE("a missing __syncwarp shows under some schedule, and a present one und
   CHECK(wrong > 0);
 }
 
-TEST_CASE("schedules are named in text") {
+TEST_CASE("schedules are named in text", "[executor]") {
   for (const schedule& s : all_schedules()) CHECK(packkv_simt::to_string(packkv_simt::parse_schedule(packkv_simt::to_string(s))) == packkv_simt::to_string(s));
   CHECK_THROWS_AS(packkv_simt::parse_schedule("sideways"), std::invalid_argument);
 }

@@ -55,7 +55,7 @@ struct row_merge {
   }
 
   /// Moves row `warp` into the original basis: y becomes T^-1 (column * y). Uses the row's own part of the storage.
-  __device__ static void finish(temp_storage& storage, const codec_spec& spec, const detail::head_parameters& head,
+  __device__ static void finish(temp_storage& storage, const codec_spec& spec, const head_parameters& head,
                                 attention_row<HeadDim>& row) {
     float* scratch = storage.channel[0][detail::warp_id()];
     __syncwarp();

@@ -53,11 +53,15 @@ template <class Integer>
 inline void store_little(std::uint8_t* p, Integer value) {
   for (unsigned i = 0; i < sizeof(Integer); ++i) p[i] = static_cast<std::uint8_t>(value >> (8 * i));
 }
+/// Spelled out, so that compilers make one load of it.
 template <class Integer>
 inline Integer load_little(const std::uint8_t* p) {
-  Integer value = 0;
-  for (unsigned i = 0; i < sizeof(Integer); ++i) value |= static_cast<Integer>(static_cast<Integer>(p[i]) << (8 * i));
-  return value;
+  static_assert(sizeof(Integer) == 4 || sizeof(Integer) == 8, "header fields have 4 or 8 bytes");
+  if constexpr (sizeof(Integer) == 8) {
+    return load_little<std::uint32_t>(p) | static_cast<Integer>(load_little<std::uint32_t>(p + 4)) << 32;
+  } else {
+    return Integer{p[0]} | Integer{p[1]} << 8 | Integer{p[2]} << 16 | Integer{p[3]} << 24;
+  }
 }
 
 /// XXH64 of Yann Collet's "xxHash fast digest algorithm", specification 0.1.1.

@@ -108,6 +108,11 @@ inline status check_overlay(const input_view<4>& keys, const input_view<4>& valu
   return {};
 }
 
+inline status check_base(lse_base base) {
+  if (base == lse_base::e || base == lse_base::two) return {};
+  return refuse(status_code::invalid_argument, "unknown log-sum-exp base");
+}
+
 /// Query heads must be a multiple of the KV heads.
 inline status check_groups(std::int64_t query_heads, std::int32_t kv_heads) {
   if (query_heads <= 0 || query_heads % kv_heads != 0 || query_heads > max_count)
@@ -141,8 +146,7 @@ inline status check_decode(const input_view<3>& queries, const std::int32_t* que
     return refuse(status_code::invalid_argument, "softmax_scale must be finite and > 0");
   if (!is_finite(o.soft_cap) || o.soft_cap < 0.0f || o.window < 0)
     return refuse(status_code::invalid_argument, "soft_cap and window must not be negative");
-  if (o.base != lse_base::e && o.base != lse_base::two)
-    return refuse(status_code::invalid_argument, "unknown log-sum-exp base");
+  if (const status s = check_base(o.base); !s) return s;
   if (o.position_stride <= 0 || o.position_offset < 0)
     return refuse(status_code::invalid_argument, "position_stride must be > 0 and position_offset >= 0");
   if ((o.position_stride != 1 || o.position_offset != 0) && o.context_lens == nullptr)
@@ -179,7 +183,9 @@ inline status check_gemv(const cache_view& cache, const parameters<Format>& p, c
   return {};
 }
 
-inline status check_merge(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse) {
+inline status check_merge(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse,
+                          lse_base base) {
+  if (const status s = check_base(base); !s) return s;
   if (const status s = check_view(outs); !s) return s;
   if (const status s = check_view(lses); !s) return s;
   if (const status s = check_view(out); !s) return s;

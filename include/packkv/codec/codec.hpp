@@ -56,6 +56,14 @@ struct leading {
   static constexpr int count = N;
 };
 
+namespace detail {
+PACKKV_HOST_DEVICE constexpr bool same_layout(const strip_layout& a, const strip_layout& b) {
+  bool same = a.which == b.which && a.channels == b.channels && a.count == b.count && a.words == b.words;
+  for (int i = 0; i < max_strips; ++i) same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
+  return same;
+}
+}  // namespace detail
+
 /// Checks a spec that came from run-time data; static formats check the same at compile time.
 PACKKV_HOST_DEVICE constexpr status check_codec(side which, const codec_spec& spec) {
   if (!is_head_dim(spec.head_dim))
@@ -73,6 +81,8 @@ PACKKV_HOST_DEVICE constexpr status check_codec(side which, const codec_spec& sp
   widths.count = spec.strips.count;
   for (int i = 0; i < widths.count; ++i) widths.width[i] = spec.strips.width[i];
   if (const status s = check_plan(which, spec.head_dim, widths); !s) return s;
+  if (!detail::same_layout(spec.strips, make_strips(which, spec.head_dim, widths)))
+    return refuse(status_code::invalid_argument, "a codec's strips were not placed by make_strips");
   if (spec.leading < 0 || spec.leading > max_leading)
     return refuse(status_code::invalid_argument, "0 to 4 leading components");
   if (spec.leading > 0 && which == side::value)

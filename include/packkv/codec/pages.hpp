@@ -43,7 +43,8 @@ struct sinks_view {
 
 /// The newest tokens in 16 bits: [rows, kv_heads, capacity, head_dim], token t at slot t % capacity. They take the place of
 /// coded tokens: a query at position p reads tokens at positions > p - window from here. capacity >= window + max_query_len - 1.
-/// No ring: data null. Row of sequence b: `row[b]`, or b if `row` is null; a negative row means no ring for it.
+/// No ring: data null. Row of sequence b: `row[b]`, or b if `row` is null; a negative row means no ring for it,
+/// and so does a row beyond the ring, which is reported.
 struct ring_view {
   input_view<4> keys = {};
   input_view<4> values = {};
@@ -75,7 +76,8 @@ enum report_flag : std::uint32_t {
   report_scale_overflow = 2u,      ///< finite input beyond the range of the stored type
   report_page_out_of_range = 4u,   ///< a page id >= num_pages, or a store slot beyond the pages
   report_page_missing = 8u,        ///< a negative page id, or a table row too short, inside a sequence
-  report_length_out_of_range = 16u ///< a sequence or query length outside its stated maximum
+  report_length_out_of_range = 16u,   ///< a sequence or query length outside its stated maximum
+  report_ring_row_out_of_range = 32u  ///< a ring row beyond the ring: the sequence has none
 };
 
 /// Base of the log-sum-exp that a call writes or reads. There is no default: a wrong base corrupts merges silently.
@@ -105,8 +107,6 @@ PACKKV_HOST_DEVICE constexpr std::int64_t value_page_bytes(const Format& format,
   return static_cast<std::int64_t>(format.value().tile_bytes()) * tiles_per_page;
 }
 
-namespace detail {
-
 /// Page i of sequence b, or -1. Counts what is wrong with the table into `flags`.
 PACKKV_HOST_DEVICE inline std::int32_t find_page(const page_table& table, std::int32_t num_pages, std::int64_t b,
                                                  std::int64_t i, std::uint32_t& flags) {
@@ -122,6 +122,7 @@ PACKKV_HOST_DEVICE inline std::int32_t find_page(const page_table& table, std::i
   return -1;
 }
 
+/// Address of a tile of K or of V: tile `tile` of page `page`, KV head `head`.
 PACKKV_HOST_DEVICE inline std::uint8_t* key_tile(const pages_view& p, const codec_spec& spec, std::int64_t page, int head,
                                                  int tile) {
   return static_cast<std::uint8_t*>(p.key_data) + page * p.key_page_stride + head * p.key_head_stride +
@@ -132,6 +133,12 @@ PACKKV_HOST_DEVICE inline std::uint8_t* value_tile(const pages_view& p, const co
   return static_cast<std::uint8_t*>(p.value_data) + page * p.value_page_stride + head * p.value_head_stride +
          static_cast<std::int64_t>(tile) * spec.tile_bytes();
 }
+
+namespace detail {
+
+using packkv::find_page;
+using packkv::key_tile;
+using packkv::value_tile;
 
 /// Length of sequence b, clamped to 0..max_seq_len; a null array means max_seq_len for all.
 PACKKV_HOST_DEVICE inline std::int32_t clamp_length(const std::int32_t* lengths, std::int64_t b, std::int32_t max_len,
@@ -168,7 +175,7 @@ struct visibility {
 };
 
 PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, const attention_options& options, std::int64_t b,
-                                                     std::int32_t length) {
+                                                     std::int32_t length, std::uint32_t& flags) {
   visibility v;
   v.position_stride = options.position_stride;
   v.position_offset = options.position_offset;
@@ -180,7 +187,10 @@ PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, co
                 ? static_cast<std::int32_t>(min_of<std::int64_t>(cache.sinks.keys.extent[2], length))
                 : 0;
   v.ring_begin = length;
-  if (cache.ring.keys.data != nullptr && (cache.ring.row == nullptr || cache.ring.row[b] >= 0)) {
+  const std::int64_t row = cache.ring.keys.data == nullptr ? -1 : cache.ring.row != nullptr ? cache.ring.row[b] : b;
+  if (row >= 0 && row >= cache.ring.keys.extent[0]) {
+    flags |= report_ring_row_out_of_range;
+  } else if (row >= 0) {
     const std::int64_t first = length - cache.ring.keys.extent[2];
     v.ring_begin = static_cast<std::int32_t>(first > 0 ? first : 0);
     v.ring_window = cache.ring.window;

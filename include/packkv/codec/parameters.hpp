@@ -32,8 +32,6 @@ struct parameters {
   side_parameters value = {};
 };
 
-namespace detail {
-
 /// The parameters of one KV head, resolved from side_parameters.
 struct head_parameters {
   const float* column_scale;
@@ -42,6 +40,7 @@ struct head_parameters {
   float tensor_scale;
 };
 
+/// Picks the rows of KV head `head`.
 PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const side_parameters& p, int head) {
   const std::int64_t row = static_cast<std::int64_t>(head) * spec.head_dim;
   return {p.column_scale != nullptr ? p.column_scale + row : nullptr,
@@ -49,6 +48,11 @@ PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const 
           p.leading_scale != nullptr ? p.leading_scale + static_cast<std::int64_t>(head) * spec.leading : nullptr,
           p.tensor_scale};
 }
+
+namespace detail {
+
+using packkv::head_parameters;
+using packkv::of_head;
 
 inline status check_side(const codec_spec& spec, const side_parameters& p) {
   if (spec.transform == transform_kind::permutation && p.permutation == nullptr)

@@ -80,8 +80,7 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
 /// \param out [tokens, heads, D], lse float32 [tokens, heads] or a null view. All states empty: 0 and -inf. Uses no workspace.
 inline status merge_states(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse,
                            lse_base base, const exec& e) {
-  if (const status s = detail::check_merge(outs, lses, out, lse); !s) return s;
-  if (base != lse_base::e && base != lse_base::two) return refuse(status_code::invalid_argument, "unknown log-sum-exp base");
+  if (const status s = detail::check_merge(outs, lses, out, lse, base); !s) return s;
   const std::int64_t items = out.extent[0] * out.extent[1];
   if (items == 0) return {};
   return detail::launch(kernel::merge_states<kernel::merge_threads>, detail::grid_for(items), kernel::merge_threads, e.stream, kernel::merge_args{outs, lses, out, lse, base});

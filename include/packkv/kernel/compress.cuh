@@ -27,8 +27,8 @@ struct compress_args {
 };
 
 __device__ inline std::uint8_t* tile_address(const side_args& s, const pages_view& pages, std::int64_t page, int head, int slot) {
-  return s.which == side::key ? detail::key_tile(pages, s.spec, page, head, slot)
-                              : detail::value_tile(pages, s.spec, page, head, slot);
+  return s.which == side::key ? key_tile(pages, s.spec, page, head, slot)
+                              : value_tile(pages, s.spec, page, head, slot);
 }
 
 /// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles (sequence, head, tile index).

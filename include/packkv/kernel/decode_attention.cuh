@@ -71,7 +71,7 @@ class decode_block {
       return false;
     }
     if (first_row_ >= query_count_ * a_.group) return false;
-    view_ = make_visibility(a_.cache, a_.options, b_, length);
+    view_ = make_visibility(a_.cache, a_.options, b_, length, flags_);
     const std::int64_t context = a_.options.context_lens != nullptr ? a_.options.context_lens[b_] : length;
     for (int r = 0; r < rows; ++r) position_[r] = context - query_count_ + min_of((first_row_ + r) / a_.group, query_count_ - 1);
     return true;
@@ -81,7 +81,7 @@ class decode_block {
   __device__ std::int64_t query_token(int r) const { return query_begin_ + (first_row_ + r) / a_.group; }
   __device__ std::int64_t query_head(int r) const { return static_cast<std::int64_t>(head_) * a_.group + (first_row_ + r) % a_.group; }
 
-  __device__ void prepare_queries(const codec_spec& spec, const detail::head_parameters& head) {
+  __device__ void prepare_queries(const codec_spec& spec, const head_parameters& head) {
     __syncthreads();
     scores_type::prepare(storage_.queries, spec, head, [&](int r, int c) {
       return row_exists(r) ? detail::load_element(detail::address(a_.queries, query_token(r), query_head(r), c), a_.queries.type) : 0.0f;

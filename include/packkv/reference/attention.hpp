@@ -134,7 +134,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
       report.flags |= report_length_out_of_range;
       continue;
     }
-    const visibility view = make_visibility(cache, options, b, length);
+    const visibility view = make_visibility(cache, options, b, length, report.flags);
     const std::int64_t context = options.context_lens != nullptr ? options.context_lens[b] : length;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t position = context - count + i;
@@ -176,7 +176,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 inline status merge_states(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse,
                            lse_base base) {
   using namespace packkv::detail;
-  if (const status s = check_merge(outs, lses, out, lse); !s) return s;
+  if (const status s = check_merge(outs, lses, out, lse, base); !s) return s;
   const double unit = base == lse_base::two ? 0.6931471805599453 : 1.0;
   for (std::int64_t t = 0; t < out.extent[0]; ++t)
     for (std::int64_t h = 0; h < out.extent[1]; ++h) {

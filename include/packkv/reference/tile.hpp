@@ -25,7 +25,7 @@ inline std::uint16_t load_bits(const std::uint8_t* tile, std::int64_t offset) {
   return bits;
 }
 
-inline void encode_plan_token(const codec_spec& spec, const packkv::detail::head_parameters& head, const float* x, int token,
+inline void encode_plan_token(const codec_spec& spec, const head_parameters& head, const float* x, int token,
                               std::uint8_t* tile, device_report& report) {
   using namespace packkv::detail;
   const int dim = spec.head_dim;
@@ -34,15 +34,16 @@ inline void encode_plan_token(const codec_spec& spec, const packkv::detail::head
 
   // 32 partial sums, then a tree: the order in which a warp adds (warp/token_codec.cuh).
   double partial[32] = {};
-  bool finite = true;
+  bool finite = true, in_range = true;
   for (int c = 0; c < dim; ++c) {
-    finite = finite && is_finite(x[c]) && is_finite(y[c]);
+    finite = finite && is_finite(x[c]);
+    in_range = in_range && is_finite(y[c]);
     if (c >= spec.leading) partial[c % 32] = add_square(partial[c % 32], y[c]);
   }
   for (int stride = 16; stride > 0; stride /= 2)
     for (int i = 0; i < stride; ++i) partial[i] += partial[i + stride];
 
-  std::uint16_t scale_bits = finite ? row_scale_bits(partial[0], dim - spec.leading) : std::uint16_t{0x7fff};
+  const std::uint16_t scale_bits = finite && in_range ? row_scale_bits(partial[0], dim - spec.leading) : std::uint16_t{0x7fff};
   if (!finite) report.flags |= report_nonfinite_input;
   else if (scale_bits == 0x7fff) report.flags |= report_scale_overflow;
   const float row = half_to_float(scale_bits);
@@ -75,7 +76,7 @@ inline void encode_plan_token(const codec_spec& spec, const packkv::detail::head
 }  // namespace detail
 
 /// Codes token `token` (0..63) of a tile from its head_dim channels. Touches only the bits that the token owns.
-inline void encode_token(const codec_spec& spec, const packkv::detail::head_parameters& head, const float* x, int token,
+inline void encode_token(const codec_spec& spec, const head_parameters& head, const float* x, int token,
                          std::uint8_t* tile, device_report& report) {
   if (spec.kind == codec_kind::plan) return detail::encode_plan_token(spec, head, x, token, tile, report);
   for (int c = 0; c < spec.head_dim; ++c) {
@@ -96,7 +97,7 @@ inline void encode_token(const codec_spec& spec, const packkv::detail::head_para
 }
 
 /// Reconstructs token `token` of a tile into head_dim floats, in the original basis.
-inline void decode_token(const codec_spec& spec, const packkv::detail::head_parameters& head, const std::uint8_t* tile, int token,
+inline void decode_token(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile, int token,
                          float* x) {
   using namespace packkv::detail;
   if (spec.kind == codec_kind::plan) {

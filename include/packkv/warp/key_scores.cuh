@@ -22,7 +22,7 @@ struct key_scores {
   /// Fills the storage from source(row, channel), the queries in the original basis: row r is done by warp r % warps.
   /// The caller synchronises the block before compute.
   template <class Source>
-  __device__ static void prepare(temp_storage& storage, const codec_spec& spec, const detail::head_parameters& head, Source&& source,
+  __device__ static void prepare(temp_storage& storage, const codec_spec& spec, const head_parameters& head, Source&& source,
                                  int warp, int warps) {
     for (int row = warp; row < Rows; row += warps) {
       float q[HeadDim / 32];
@@ -46,7 +46,7 @@ struct key_scores {
 
  private:
   /// What a query channel is multiplied with, so that a key channel is just its code (or element).
-  __device__ static float column(const codec_spec& spec, const detail::head_parameters& head, int c) {
+  __device__ static float column(const codec_spec& spec, const head_parameters& head, int c) {
     if (spec.kind == codec_kind::fp8) return head.tensor_scale;
     if (spec.kind != codec_kind::plan) return 1.0f;
     return c < spec.leading ? head.leading_scale[c] : detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);

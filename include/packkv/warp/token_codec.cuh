@@ -15,7 +15,7 @@ namespace packkv::warp {
 /// code word; everything else of the tile (scale, leading components, elements) is stored to `tile` directly.
 /// `flags` and `clamps` collect what device_report counts; each event is counted in one lane. All lanes take part.
 template <int HeadDim, class Source, class PutBits>
-__device__ inline void encode_token(const codec_spec& spec, const detail::head_parameters& head, Source&& source, int token,
+__device__ inline void encode_token(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
                                     std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags, std::uint32_t& clamps) {
   using namespace packkv::detail;
   constexpr int registers = HeadDim / 32;
@@ -52,13 +52,15 @@ __device__ inline void encode_token(const codec_spec& spec, const detail::head_p
     return x;
   }, y);
   double sum = 0.0;
+  bool in_range = true;
   for (int i = 0; i < registers; ++i) {
-    finite = finite && is_finite(y[i]);
+    in_range = in_range && is_finite(y[i]);
     if (lane + 32 * i >= spec.leading) sum = add_square(sum, y[i]);
   }
   sum = warp_sum(sum);
   finite = __all_sync(all_lanes, finite) != 0;
-  const std::uint16_t scale_bits = finite ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
+  in_range = __all_sync(all_lanes, in_range) != 0;
+  const std::uint16_t scale_bits = finite && in_range ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
   const bool valid = scale_bits != 0x7fff;
   const float row = half_to_float(scale_bits);
   if (lane == 0) {
@@ -85,7 +87,7 @@ __device__ inline void encode_token(const codec_spec& spec, const detail::head_p
 }
 
 /// Reconstructs channel c of a token in the transformed basis.
-__device__ inline float decode_transformed(const codec_spec& spec, const detail::head_parameters& head, const std::uint8_t* tile,
+__device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile,
                                            int token, int c) {
   using namespace packkv::detail;
   const int at = token * spec.head_dim + c;
@@ -108,7 +110,7 @@ __device__ inline float decode_transformed(const codec_spec& spec, const detail:
 
 /// Reconstructs a token: sink(c, x[c]) for each channel. All lanes take part.
 template <int HeadDim, class Sink>
-__device__ inline void decode_token(const codec_spec& spec, const detail::head_parameters& head, const std::uint8_t* tile, int token,
+__device__ inline void decode_token(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile, int token,
                                     Sink&& sink) {
   float y[HeadDim / 32];
   for (int i = 0; i < HeadDim / 32; ++i) y[i] = decode_transformed(spec, head, tile, token, detail::lane_id() + 32 * i);

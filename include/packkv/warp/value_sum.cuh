@@ -50,7 +50,7 @@ struct value_sum {
   /// Applies columns and inverse basis to one row of sums `y` (lane l: channels l, l + 32, ...) and hands
   /// sink(channel, value) the result in the original basis. All lanes take part.
   template <class Sink>
-  __device__ static void finish(const codec_spec& spec, const detail::head_parameters& head, float (&y)[HeadDim / 32], Sink&& sink) {
+  __device__ static void finish(const codec_spec& spec, const head_parameters& head, float (&y)[HeadDim / 32], Sink&& sink) {
     for (int i = 0; i < HeadDim / 32; ++i) {
       const int c = detail::lane_id() + 32 * i;
       if (spec.kind == codec_kind::fp8) y[i] *= head.tensor_scale;
