@@ -23,7 +23,8 @@ using half = pk::cache_format<pk::float16_codec<dim>, pk::float16_codec<dim>>;
 template <int Threads>
 __global__ void read_all(const uint4* data, std::int64_t count, uint4* sink) {
   uint4 sum{0, 0, 0, 0};
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < count; i += static_cast<std::int64_t>(gridDim.x) * Threads) {
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < count;
+       i += static_cast<std::int64_t>(gridDim.x) * Threads) {
     const uint4 x = data[i];
     sum.x ^= x.x, sum.y ^= x.y, sum.z ^= x.z, sum.w ^= x.w;
   }
@@ -60,10 +61,17 @@ void run(benchmark::State& state) {
 }
 
 void sizes(benchmark::internal::Benchmark* b) {
-  b->Args({1, 4096})->Args({1, 32768})->Args({8, 32768})->ArgNames({"batch", "tokens"})->UseManualTime()->Iterations(3)->Unit(benchmark::kMillisecond);
+  b->Args({1, 4096})
+      ->Args({1, 32768})
+      ->Args({8, 32768})
+      ->ArgNames({"batch", "tokens"})
+      ->UseManualTime()
+      ->Iterations(3)
+      ->Unit(benchmark::kMillisecond);
 }
 
-#define PACKKV_BENCHMARK(call, format) BENCHMARK(run<format, &random_cache<format>::call>)->Name(#call "/" #format)->Apply(sizes)
+#define PACKKV_BENCHMARK(call, format) \
+  BENCHMARK(run<format, &random_cache<format>::call>)->Name(#call "/" #format)->Apply(sizes)
 PACKKV_BENCHMARK(decode, half);
 PACKKV_BENCHMARK(decode, fp8);
 PACKKV_BENCHMARK(decode, four_bit);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Speed of the CPU encoder and decoder on Gaussian data: bytes are 16-bit input bytes (encode) or output bytes (decode).
+// Speed of the CPU encoder and decoder on Gaussian data: bytes are 16-bit input bytes (encode) or output bytes
+// (decode).
 #include <benchmark/benchmark.h>
 
 #include <cstdint>
 #include <memory>
-#include <vector>
-
 #include <packkv/packkv.hpp>
+#include <vector>
 
 #include "../tests/support/random.hpp"
 
@@ -31,7 +31,10 @@ struct host_cache {
   pk::page_table table;
   pk::device_report report;
 
-  host_cache() : keys(kv_heads * tokens * dim), values(keys.size()), memory(kv_heads * (tokens / 64) * (Format::key_tile_bytes + Format::value_tile_bytes) / 4 + 4) {
+  host_cache()
+      : keys(kv_heads * tokens * dim),
+        values(keys.size()),
+        memory(kv_heads * (tokens / 64) * (Format::key_tile_bytes + Format::value_tile_bytes) / 4 + 4) {
     packkv_test::random_source random(1);
     for (auto& x : keys) x = pk::float_to_half(random.normal());
     for (auto& x : values) x = pk::float_to_half(random.normal());
@@ -48,12 +51,14 @@ struct host_cache {
   }
   pk::status encode() {
     return pk::reference::compress(pk::make_input(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
-                                   pk::make_input(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}), nullptr,
-                                   pk::parameters<Format>{}, pages, table, report);
+                                   pk::make_input(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
+                                   nullptr, pk::parameters<Format>{}, pages, table, report);
   }
   pk::status decode() {
-    return pk::reference::decompress(pages, table, nullptr, pk::parameters<Format>{}, pk::make_output(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
-                                     pk::make_output(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}), report);
+    return pk::reference::decompress(pages, table, nullptr, pk::parameters<Format>{},
+                                     pk::make_output(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
+                                     pk::make_output(values.data(), pk::dtype::float16, {1, kv_heads, tokens, dim}),
+                                     report);
   }
 };
 

@@ -9,7 +9,8 @@ template <class Format>
 double row(const char* name, int tokens, double reference_ms) {
   random_cache<Format> cache({1, 8, 4, tokens});
   const double ms = median_ms([&](int i) { cache.decode(i); });
-  std::printf("%-12s %12.1f %12.4f %13.2fx\n", name, static_cast<double>(cache.set_bytes) / 1e6, ms, (reference_ms > 0.0 ? reference_ms : ms) / ms);
+  std::printf("%-12s %12.1f %12.4f %13.2fx\n", name, static_cast<double>(cache.set_bytes) / 1e6, ms,
+              (reference_ms > 0.0 ? reference_ms : ms) / ms);
   return ms;
 }
 
@@ -24,7 +25,8 @@ int main(int argc, char** argv) {
   constexpr int dim = 128;
   using two_bit = pk::cache_format<pk::key_codec<dim, pk::hadamard, pk::rms_scale, pk::plan<2, 2, 2, 2>>,
                                    pk::value_codec<dim, pk::hadamard, pk::rms_scale, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>>;
-  std::printf("Attention of one decode step: %d tokens, 32 query heads, 8 KV heads, head dim %d, %s\n", tokens, dim, device.name);
+  std::printf("Attention of one decode step: %d tokens, 32 query heads, 8 KV heads, head dim %d, %s\n", tokens, dim,
+              device.name);
   std::printf("%-12s %12s %12s %14s\n", "cache", "MB read", "ms", "against 16 bit");
   const double half = row<pk::cache_format<pk::float16_codec<dim>, pk::float16_codec<dim>>>("16 bit", tokens, 0.0);
   row<pk::cache_format<pk::fp8_codec<dim>, pk::fp8_codec<dim>>>("FP8", tokens, half);

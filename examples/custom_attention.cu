@@ -3,9 +3,8 @@
 // the mask and the output are ours. main() checks it against the same formula on the decoded tokens.
 #include <cmath>
 #include <cstdio>
-#include <vector>
-
 #include <packkv/packkv.cuh>
+#include <vector>
 namespace pk = packkv;
 
 constexpr int dim = 128, rows = 4, warps = 4;  // four query heads share the KV head; a warp finishes each
@@ -13,17 +12,21 @@ using format = pk::cache_format<pk::key_codec<dim, pk::hadamard, pk::rms_scale, 
                                 pk::value_codec<dim, pk::hadamard, pk::rms_scale, pk::plan<3, 3, 3, 3, 2, 2, 2, 2>>>;
 
 // [kernel]
-// One block per KV head. queries [kv_heads * rows, dim], out likewise; score of token t: q.k/sqrt(dim) - slope[head] * (n-1-t).
-__global__ void alibi_attention(pk::pages_view pages, pk::parameters<format> params, const float* queries, const float* slopes, int n, float* out) {
+// One block per KV head. queries [kv_heads * rows, dim], out likewise; score of token t: q.k/sqrt(dim) - slope[head] *
+// (n-1-t).
+__global__ void alibi_attention(pk::pages_view pages, pk::parameters<format> params, const float* queries,
+                                const float* slopes, int n, float* out) {
   using keys = pk::warp::key_scores<dim, rows>;
   using merge = pk::block::row_merge<dim, rows>;
   __shared__ keys::temp_storage query_storage;
   __shared__ merge::temp_storage merge_storage;
   const pk::codec_spec key = format::key(), value = format::value();
-  const int head = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int head = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32,
+            lane = static_cast<int>(threadIdx.x) % 32;
   const auto key_head = pk::of_head(key, params.key, head), value_head = pk::of_head(value, params.value, head);
 
-  keys::prepare(query_storage, key, key_head, [&](int r, int c) { return queries[(head * rows + r) * dim + c]; }, warp, warps);
+  keys::prepare(
+      query_storage, key, key_head, [&](int r, int c) { return queries[(head * rows + r) * dim + c]; }, warp, warps);
   __syncthreads();
   pk::warp::online_softmax<rows> softmax;
   pk::warp::value_sum<dim, rows> sum;
@@ -57,7 +60,8 @@ int main() {
   std::uint32_t state = 1;
   const auto noise = [&] {  // roughly normal
     float x = 0.0f;
-    for (int i = 0; i < 6; ++i) x += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0f - 0.5f;
+    for (int i = 0; i < 6; ++i)
+      x += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0f - 0.5f;
     return 1.4f * x;
   };
   const auto managed = [](std::size_t bytes) {
@@ -88,7 +92,8 @@ int main() {
   pk::page_table table;  // contiguous
   table.row_stride = 1;
   const pk::parameters<format> params;
-  const auto keys = pk::make_input(k, pk::dtype::float16, {1, kv_heads, n, dim}), values = pk::make_input(v, pk::dtype::float16, {1, kv_heads, n, dim});
+  const auto keys = pk::make_input(k, pk::dtype::float16, {1, kv_heads, n, dim}),
+             values = pk::make_input(v, pk::dtype::float16, {1, kv_heads, n, dim});
   if (const pk::status s = pk::compress(keys, values, nullptr, params, pages, table, pk::exec{}); !s) {
     std::fprintf(stderr, "compress: %s\n", s.message);
     return 1;
@@ -102,9 +107,13 @@ int main() {
     for (int t = 0; t < n; ++t) {
       float kt[dim], vt[dim];
       const int head = h / rows;
-      pk::reference::decode_token(format::key(), pk::of_head(format::key(), params.key, head), pk::key_tile(pages, format::key(), 0, head, t / 64), t % 64, kt);
-      pk::reference::decode_token(format::value(), pk::of_head(format::value(), params.value, head), pk::value_tile(pages, format::value(), 0, head, t / 64), t % 64, vt);
-      expected.add(pk::reference::detail::dot(q + h * dim, kt, dim) / std::sqrt(128.0) - static_cast<double>(slopes[h]) * (n - 1 - t), vt);
+      pk::reference::decode_token(format::key(), pk::of_head(format::key(), params.key, head),
+                                  pk::key_tile(pages, format::key(), 0, head, t / 64), t % 64, kt);
+      pk::reference::decode_token(format::value(), pk::of_head(format::value(), params.value, head),
+                                  pk::value_tile(pages, format::value(), 0, head, t / 64), t % 64, vt);
+      expected.add(pk::reference::detail::dot(q + h * dim, kt, dim) / std::sqrt(128.0) -
+                       static_cast<double>(slopes[h]) * (n - 1 - t),
+                   vt);
     }
     double difference = 0.0, norm = 0.0;
     for (int c = 0; c < dim; ++c) {
@@ -113,7 +122,8 @@ int main() {
     }
     worst = std::fmax(worst, std::sqrt(difference / norm));
   }
-  std::printf("custom_attention: ALiBi over %d compressed tokens, %.2f bits per value, largest error against double %.1e\n", n,
-              (format::key().bits_per_value() + format::value().bits_per_value()) / 2, worst);
+  std::printf(
+      "custom_attention: ALiBi over %d compressed tokens, %.2f bits per value, largest error against double %.1e\n", n,
+      (format::key().bits_per_value() + format::value().bits_per_value()) / 2, worst);
   return worst < 1e-4 ? 0 : 1;
 }

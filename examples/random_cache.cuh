@@ -8,9 +8,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
-
 #include <packkv/packkv.cuh>
+#include <vector>
 
 namespace random_cache_detail {
 
@@ -47,7 +46,9 @@ inline void require(const packkv::status& s) {
 template <class T>
 class device_buffer {
  public:
-  explicit device_buffer(std::int64_t count) { require(cudaMalloc(reinterpret_cast<void**>(&data_), static_cast<std::size_t>(count) * sizeof(T))); }
+  explicit device_buffer(std::int64_t count) {
+    require(cudaMalloc(reinterpret_cast<void**>(&data_), static_cast<std::size_t>(count) * sizeof(T)));
+  }
   ~device_buffer() { (void)cudaFree(data_); }
   device_buffer(const device_buffer&) = delete;
   device_buffer& operator=(const device_buffer&) = delete;
@@ -71,26 +72,40 @@ class random_cache {
   static constexpr std::int64_t rotated_bytes = std::int64_t{256} << 20;  ///< several times the L2 cache of an H200
 
   explicit random_cache(const cache_size& s)
-      : size(s), tiles((s.tokens + 63) / 64), set_bytes(std::int64_t{s.batch} * s.kv_heads * tiles * (Format::key_tile_bytes + Format::value_tile_bytes)),
-        sets(static_cast<int>(std::clamp<std::int64_t>(rotated_bytes / set_bytes + 1, 1, 64))), input_(2 * size.values(dim)), pool_(set_bytes * sets),
-        numbers_(2 * s.batch + 1), workspace_(workspace_bytes()), out_(queries_count()), scores_(std::int64_t{s.batch} * s.kv_heads * s.group * s.tokens) {
+      : size(s),
+        tiles((s.tokens + 63) / 64),
+        set_bytes(std::int64_t{s.batch} * s.kv_heads * tiles * (Format::key_tile_bytes + Format::value_tile_bytes)),
+        sets(static_cast<int>(std::clamp<std::int64_t>(rotated_bytes / set_bytes + 1, 1, 64))),
+        input_(2 * size.values(dim)),
+        pool_(set_bytes * sets),
+        numbers_(2 * s.batch + 1),
+        workspace_(workspace_bytes()),
+        out_(queries_count()),
+        scores_(std::int64_t{s.batch} * s.kv_heads * s.group * s.tokens) {
     random_cache_detail::fill_random<256><<<4096, 256>>>(input_.data(), 2 * size.values(dim), 12345u);
     require(cudaGetLastError());
     std::vector<std::int32_t> numbers(static_cast<std::size_t>(2 * s.batch + 1), s.tokens);
     for (int b = 0; b <= s.batch; ++b) numbers[static_cast<std::size_t>(s.batch + b)] = b;
     require(cudaMemcpy(numbers_.data(), numbers.data(), numbers.size() * 4, cudaMemcpyHostToDevice));
     require(packkv::initialize_workspace(exec()));
-    require(cudaMemset(scores_.data(), 0x1c, static_cast<std::size_t>(std::int64_t{s.batch} * s.kv_heads * s.group * s.tokens) * 4));  // tiny weights
+    require(cudaMemset(
+        scores_.data(), 0x1c,
+        static_cast<std::size_t>(std::int64_t{s.batch} * s.kv_heads * s.group * s.tokens) * 4));  // tiny weights
     for (int i = 0; i < sets; ++i) compress(i);
     require(cudaDeviceSynchronize());
   }
 
-  void compress(int i) { require(packkv::compress(input(0), input(1), nullptr, parameters, view(i).pages, view(i).table, exec())); }
-  void decompress(int i) { require(packkv::decompress(view(i).pages, view(i).table, nullptr, parameters, output(0), output(1), exec())); }
+  void compress(int i) {
+    require(packkv::compress(input(0), input(1), nullptr, parameters, view(i).pages, view(i).table, exec()));
+  }
+  void decompress(int i) {
+    require(packkv::decompress(view(i).pages, view(i).table, nullptr, parameters, output(0), output(1), exec()));
+  }
   void decode(int i) {
     packkv::attention_options options;
     options.softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    require(packkv::decode_attention(queries(), numbers_.data() + size.batch, view(i), parameters, out(), {}, options, exec()));
+    require(packkv::decode_attention(queries(), numbers_.data() + size.batch, view(i), parameters, out(), {}, options,
+                                     exec()));
   }
   void key_gemv(int i) { require(packkv::key_gemv(queries(), view(i), parameters, 1.0f, scores_out(), exec())); }
   void value_gemv(int i) { require(packkv::value_gemv(scores_in(), view(i), parameters, out(), exec())); }
@@ -103,18 +118,32 @@ class random_cache {
  private:
   std::int64_t heads() const { return std::int64_t{size.kv_heads} * size.group; }
   std::int64_t queries_count() const { return size.batch * heads() * dim; }
-  std::int64_t workspace_bytes() const { return packkv::decode_workspace_bytes<Format>({size.batch, size.kv_heads, heads(), 1, size.tokens, 0}); }
-  packkv::exec exec() const { return {nullptr, workspace_.data(), static_cast<std::size_t>(workspace_bytes()), nullptr}; }
+  std::int64_t workspace_bytes() const {
+    return packkv::decode_workspace_bytes<Format>({size.batch, size.kv_heads, heads(), 1, size.tokens, 0});
+  }
+  packkv::exec exec() const {
+    return {nullptr, workspace_.data(), static_cast<std::size_t>(workspace_bytes()), nullptr};
+  }
   packkv::input_view<4> input(int side) const {
-    return packkv::make_input(input_.data() + side * size.values(dim), packkv::dtype::float16, {size.batch, size.kv_heads, size.tokens, dim});
+    return packkv::make_input(input_.data() + side * size.values(dim), packkv::dtype::float16,
+                              {size.batch, size.kv_heads, size.tokens, dim});
   }
   packkv::output_view<4> output(int side) const {
-    return packkv::make_output(input_.data() + side * size.values(dim), packkv::dtype::float16, {size.batch, size.kv_heads, size.tokens, dim});
+    return packkv::make_output(input_.data() + side * size.values(dim), packkv::dtype::float16,
+                               {size.batch, size.kv_heads, size.tokens, dim});
   }
-  packkv::input_view<3> queries() const { return packkv::make_input(input_.data(), packkv::dtype::float16, {size.batch, heads(), dim}); }
-  packkv::output_view<3> out() const { return packkv::make_output(out_.data(), packkv::dtype::float16, {size.batch, heads(), dim}); }
-  packkv::output_view<3> scores_out() const { return packkv::make_output(scores_.data(), packkv::dtype::float32, {size.batch, heads(), size.tokens}); }
-  packkv::input_view<3> scores_in() const { return packkv::make_input(scores_.data(), packkv::dtype::float32, {size.batch, heads(), size.tokens}); }
+  packkv::input_view<3> queries() const {
+    return packkv::make_input(input_.data(), packkv::dtype::float16, {size.batch, heads(), dim});
+  }
+  packkv::output_view<3> out() const {
+    return packkv::make_output(out_.data(), packkv::dtype::float16, {size.batch, heads(), dim});
+  }
+  packkv::output_view<3> scores_out() const {
+    return packkv::make_output(scores_.data(), packkv::dtype::float32, {size.batch, heads(), size.tokens});
+  }
+  packkv::input_view<3> scores_in() const {
+    return packkv::make_input(scores_.data(), packkv::dtype::float32, {size.batch, heads(), size.tokens});
+  }
   packkv::cache_view view(int i) const {
     packkv::cache_view c;
     c.pages.key_data = pool_.data() + i % sets * set_bytes;

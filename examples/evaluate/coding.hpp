@@ -20,6 +20,7 @@ struct coded_side {
   std::vector<float> column_scale;
   std::vector<std::int16_t> permutation;
   std::vector<float> leading_scale;
+  std::vector<float> channel_offset;
   float tensor_scale = 1.0f;
 
   packkv::side_parameters parameters() const;

@@ -39,6 +39,7 @@ constexpr key_entry plan_keys[] = {
     {"v", "WIDTHS|fp16|bf16|fp8", "required", "bits of each V strip of 16 channels, or a 16-bit or FP8 side"},
     {"transform_k", "identity|permutation|hadamard", "identity", "basis of K; permutation needs calibration files"},
     {"transform_v", "identity|permutation|hadamard", "hadamard", "basis of V; permutation needs calibration files"},
+    {"center_k", "0|1", "0", "subtract the mean of each K channel before coding; needs calibration files"},
     {"leading", "0..4", "0", "first K components kept in 8 bits; needs calibration files"},
     {"steps", "gaussian|calibrated", "calibrated with calibration files, else gaussian",
      "quantiser steps of the channels"},
@@ -53,7 +54,7 @@ constexpr name_entry names[] = {
     {"plan",
      "fixed widths per strip of channels and a 16-bit scale per token; WIDTHS: 0 1 2 3 4 8, widest first, or one for "
      "all",
-     "plan:k=4.2.1.1,v=2.2.2.2.2.2.2.2,transform_v=hadamard", plan_keys, 8},
+     "plan:k=4.2.1.1,v=2.2.2.2.2.2.2.2,transform_v=hadamard", plan_keys, 9},
 };
 
 const name_entry* find_name(const std::string& name) {
@@ -116,6 +117,10 @@ bool parse_value(const std::string& key, const std::string& value, codec_choice&
   if (key == "transform_v") return parse_transform(value, c.value.transform);
   if (key == "k_scale") return parse_positive(value, c.key.tensor_scale);
   if (key == "v_scale") return parse_positive(value, c.value.tensor_scale);
+  if (key == "center_k") {
+    c.key.center = value == "1";
+    return value == "0" || value == "1";
+  }
   if (key == "leading") return parse_count(value, c.key.leading) && c.key.leading <= packkv::max_leading;
   if (value == "gaussian")
     c.steps = step_choice::gaussian;
@@ -130,8 +135,8 @@ bool parse_value(const std::string& key, const std::string& value, codec_choice&
 std::string contradiction(const std::set<std::string>& given, const codec_choice& c) {
   const auto has = [&](const char* key) { return given.count(key) > 0; };
   if (!has("k") || !has("v")) return "plan needs k= and v=";
-  if (c.key.kind != codec_kind::plan && (has("transform_k") || has("leading")))
-    return "transform_k and leading need a plan in k=";
+  if (c.key.kind != codec_kind::plan && (has("transform_k") || has("leading") || has("center_k")))
+    return "transform_k, leading and center_k need a plan in k=";
   if (c.value.kind != codec_kind::plan && has("transform_v")) return "transform_v needs a plan in v=";
   if (c.key.kind != codec_kind::fp8 && has("k_scale")) return "k_scale needs k=fp8";
   if (c.value.kind != codec_kind::fp8 && has("v_scale")) return "v_scale needs v=fp8";

@@ -18,6 +18,7 @@ struct side_choice {
   packkv::strip_widths widths = {};  ///< plan; count 1 means: this width for every strip
   packkv::transform_kind transform = packkv::transform_kind::identity;
   int leading = 0;
+  bool center = false;  ///< subtract the calibrated mean of each channel
   float tensor_scale = 0.0f;  ///< fp8; 0 means: computed from the data
 };
 

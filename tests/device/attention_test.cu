@@ -30,9 +30,11 @@ struct decode_problem {
     if (random.one_in(4)) options.soft_cap = 5.0f;
     if (random.one_in(3)) options.window = random.between(1, cache.shape.max_tokens + 10);
     if (random.one_in(2)) options.splits = random.between(1, 5);
-    for (int b = 0; b < cache.shape.batch; ++b) query_start.push_back(query_start.back() + (random.one_in(5) ? 0 : random.between(1, options.max_query_len)));
+    for (int b = 0; b < cache.shape.batch; ++b)
+      query_start.push_back(query_start.back() + (random.one_in(5) ? 0 : random.between(1, options.max_query_len)));
     tokens = query_start.back() + random.between(0, 1);  // perhaps a row that no sequence owns
-    queries = tensor_data(random, cache.shape.type, 1, tokens, static_cast<std::int64_t>(group) * cache.shape.kv_heads, Format::key_head_dim);
+    queries = tensor_data(random, cache.shape.type, 1, tokens, static_cast<std::int64_t>(group) * cache.shape.kv_heads,
+                          Format::key_head_dim);
     with_kv_begin = random.one_in(3);
     for (int b = 0; b < cache.shape.batch; ++b) kv_begin.push_back(random.between(0, cache.shape.max_tokens / 2));
     if (random.one_in(2)) {
@@ -47,14 +49,16 @@ struct decode_problem {
       const int rows = cache.shape.batch + 2;
       ring_keys = overlay(random, rows, ring_capacity, Format::key_head_dim);
       ring_values = overlay(random, rows, ring_capacity, Format::value_head_dim);
-      for (int b = 0; b < cache.shape.batch; ++b) ring_rows.push_back(random.one_in(4) ? (random.one_in(2) ? -1 : rows + 7) : rows - 1 - b);
+      for (int b = 0; b < cache.shape.batch; ++b)
+        ring_rows.push_back(random.one_in(4) ? (random.one_in(2) ? -1 : rows + 7) : rows - 1 - b);
       ring_window = window;
     }
     if (random.one_in(4)) {  // this cache holds every second position of a longer context
       with_context = true;
       options.position_stride = 2;
       options.position_offset = random.between(0, 1);
-      for (int b = 0; b < cache.shape.batch; ++b) context.push_back(2 * cache.lengths[static_cast<std::size_t>(b)] + random.between(0, 1));
+      for (int b = 0; b < cache.shape.batch; ++b)
+        context.push_back(2 * cache.lengths[static_cast<std::size_t>(b)] + random.between(0, 1));
     }
     device_query_start = device_array<std::int32_t>(query_start);
     device_kv_begin = device_array<std::int32_t>(kv_begin);
@@ -79,7 +83,8 @@ struct decode_problem {
   pk::cache_view view(bool device) {
     pk::cache_view c = device ? cache.gpu_cache() : cache.host_cache();
     if (with_kv_begin) c.kv_begin = device ? device_kv_begin.data() : kv_begin.data();
-    if (sinks > 0) c.sinks = {device ? sink_keys.device() : sink_keys.host(), device ? sink_values.device() : sink_values.host()};
+    if (sinks > 0)
+      c.sinks = {device ? sink_keys.device() : sink_keys.host(), device ? sink_values.device() : sink_values.host()};
     if (ring_capacity > 0)
       c.ring = {device ? ring_keys.device() : ring_keys.host(), device ? ring_values.device() : ring_values.host(),
                 with_rows ? (device ? device_ring_rows.data() : ring_rows.data()) : nullptr, ring_window};
@@ -91,24 +96,32 @@ struct decode_problem {
     return o;
   }
   std::int64_t heads() const { return queries.tokens; }
-  pk::output_view<3> out_view(float* data) const { return pk::make_output(data, pk::dtype::float32, {tokens, heads(), Format::value_head_dim}); }
-  pk::output_view<2> lse_view(float* data) const { return pk::make_output(data, pk::dtype::float32, {tokens, heads()}); }
+  pk::output_view<3> out_view(float* data) const {
+    return pk::make_output(data, pk::dtype::float32, {tokens, heads(), Format::value_head_dim});
+  }
+  pk::output_view<2> lse_view(float* data) const {
+    return pk::make_output(data, pk::dtype::float32, {tokens, heads()});
+  }
   std::int64_t workspace_bytes() const {
-    return pk::decode_workspace_bytes<Format>({cache.shape.batch, cache.shape.kv_heads, heads(), options.max_query_len, cache.shape.max_tokens, options.splits});
+    return pk::decode_workspace_bytes<Format>({cache.shape.batch, cache.shape.kv_heads, heads(), options.max_query_len,
+                                               cache.shape.max_tokens, options.splits});
   }
 
   struct result {
     std::vector<float> out, lse;
   };
   result reference() {
-    result r{std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f), std::vector<float>(static_cast<std::size_t>(tokens * heads()), 7.0f)};
-    const pk::status s = pk::reference::decode_attention(query_view(false), query_start.data(), view(false), cache.host_parameters(), out_view(r.out.data()),
+    result r{std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f),
+             std::vector<float>(static_cast<std::size_t>(tokens * heads()), 7.0f)};
+    const pk::status s = pk::reference::decode_attention(query_view(false), query_start.data(), view(false),
+                                                         cache.host_parameters(), out_view(r.out.data()),
                                                          lse_view(r.lse.data()), with_arrays(false), cache.report);
     if (!s) throw std::runtime_error(s.message);
     return r;
   }
   result device() {
-    device_array<float> out(std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f));
+    device_array<float> out(
+        std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f));
     device_array<float> lse(std::vector<float>(static_cast<std::size_t>(tokens * heads()), 7.0f));
     device_array<std::uint8_t> workspace(static_cast<std::size_t>(workspace_bytes()));
     workspace.poison();
@@ -116,7 +129,9 @@ struct decode_problem {
     e.workspace = workspace.data();
     e.workspace_bytes = workspace.size();
     pk::status s = pk::initialize_workspace(e);
-    if (s) s = pk::decode_attention(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(), out_view(out.data()), lse_view(lse.data()), with_arrays(true), e);
+    if (s)
+      s = pk::decode_attention(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(),
+                               out_view(out.data()), lse_view(lse.data()), with_arrays(true), e);
     if (!s) throw std::runtime_error(s.message);
     const auto bytes = workspace.host();
     for (std::int64_t i = 0; i < pk::detail::workspace_counter_bytes; ++i)
@@ -132,7 +147,8 @@ double worst_lse_error(const std::vector<float>& a, const std::vector<float>& b)
   double worst = 0.0;
   for (std::size_t i = 0; i < a.size(); ++i) {
     if (a[i] == b[i]) continue;  // also -inf
-    const double error = std::abs(static_cast<double>(a[i]) - b[i]) / std::max(1.0, std::abs(static_cast<double>(b[i])));
+    const double error =
+        std::abs(static_cast<double>(a[i]) - b[i]) / std::max(1.0, std::abs(static_cast<double>(b[i])));
     worst = std::isnan(error) ? INFINITY : std::max(worst, error);
   }
   return worst;
@@ -165,7 +181,9 @@ TEST_CASE("decode_attention agrees with the reference for random formats, shapes
 
 TEST_CASE("decode_attention repeats bit for bit, and hardly depends on the number of splits") {
   random_source random(9);
-  test_cache cache(random, cache_shape{2, 2, most_tokens, 1, pk::dtype::float16}, pk::runtime_format<128>{random_codec(random, pk::side::key, 128), random_codec(random, pk::side::value, 128)});
+  test_cache cache(
+      random, cache_shape{2, 2, most_tokens, 1, pk::dtype::float16},
+      pk::runtime_format<128>{random_codec(random, pk::side::key, 128), random_codec(random, pk::side::value, 128)});
   cache.fill();
   decode_problem problem(random, cache, 4);
   std::vector<float> whole;
@@ -184,17 +202,20 @@ TEST_CASE("what lies in unused slots never reaches a result, at every length mod
   for (const auto kind : {pk::codec_kind::plan, pk::codec_kind::float16, pk::codec_kind::fp8}) {
     pk::runtime_format<64> format;
     if (kind == pk::codec_kind::plan) {
-      format.key_spec = pk::make_plan_codec(pk::side::key, 64, pk::transform_kind::identity, pk::plan<4, 3, 2, 1>::widths(), 1);
-      format.value_spec = pk::make_plan_codec(pk::side::value, 64, pk::transform_kind::hadamard, pk::plan<3, 2, 2, 1>::widths());
+      format.key_spec =
+          pk::make_plan_codec(pk::side::key, 64, pk::transform_kind::identity, pk::plan<4, 3, 2, 1>::widths(), 1);
+      format.value_spec =
+          pk::make_plan_codec(pk::side::value, 64, pk::transform_kind::hadamard, pk::plan<3, 2, 2, 1>::widths());
     } else {
       format.key_spec = format.value_spec = pk::make_element_codec(kind, 64);
     }
-    for (int length = 65; length < 129; length += repeats > 1 ? 1 : 21) {
+    for (int length = 65; length<129; length += repeats> 1 ? 1 : 21) {
       INFO("length " << length);
       test_cache cache(random, cache_shape{1, 1, 128, 1, pk::dtype::float16}, format);
       cache.lengths = {length};
       cache.device_lengths.assign(cache.lengths);
-      // Store token by token into poisoned pages, so that the slots behind the length keep 0xff: NaN scales and elements.
+      // Store token by token into poisoned pages, so that the slots behind the length keep 0xff: NaN scales and
+      // elements.
       for (int t = 0; t < length; ++t) {
         std::int32_t page = cache.table[static_cast<std::size_t>(t / 64)];
         const std::int64_t slot = page * 64 + t % 64;
@@ -208,7 +229,8 @@ TEST_CASE("what lies in unused slots never reaches a result, at every length mod
           to->stride[0] = to->stride[1] = from->stride[2];
           to->stride[2] = 2;
         }
-        REQUIRE(pk::reference::store_tokens(key, value, &slot, cache.host_parameters(), cache.host_pages(), cache.report));
+        REQUIRE(
+            pk::reference::store_tokens(key, value, &slot, cache.host_parameters(), cache.host_pages(), cache.report));
       }
       cache.device_pages.assign(cache.pages);
       decode_problem problem(random, cache, 3);
@@ -246,7 +268,8 @@ TEST_CASE("hostile page ids, lengths and query ranges are left out and reported,
       CHECK(worst_row_error(got.out, expected.out, format.value_head_dim) < tolerance);
       CHECK(worst_lse_error(got.lse, expected.lse) < tolerance);
       // The kernel skips tiles that no query sees, the reference skips tokens: flags of the kernel may only be fewer.
-      CHECK((cache.gpu_report().flags & ~(cache.report.flags | pk::report_page_missing | pk::report_page_out_of_range)) == 0);
+      CHECK((cache.gpu_report().flags &
+             ~(cache.report.flags | pk::report_page_missing | pk::report_page_out_of_range)) == 0);
     });
   }
 }
@@ -254,8 +277,10 @@ TEST_CASE("hostile page ids, lengths and query ranges are left out and reported,
 TEST_CASE("outputs take the queries' type and any strides") {
   random_source random(21);
   pk::runtime_format<128> format;
-  format.key_spec = pk::make_plan_codec(pk::side::key, 128, pk::transform_kind::identity, pk::plan<8, 4, 2, 1>::widths());
-  format.value_spec = pk::make_plan_codec(pk::side::value, 128, pk::transform_kind::hadamard, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>::widths());
+  format.key_spec =
+      pk::make_plan_codec(pk::side::key, 128, pk::transform_kind::identity, pk::plan<8, 4, 2, 1>::widths());
+  format.value_spec = pk::make_plan_codec(pk::side::value, 128, pk::transform_kind::hadamard,
+                                          pk::plan<4, 4, 4, 4, 4, 4, 4, 4>::widths());
   for (const auto type : {pk::dtype::float16, pk::dtype::bfloat16}) {
     test_cache cache(random, cache_shape{2, 2, 100, 1, type}, format);
     cache.fill();
@@ -268,7 +293,8 @@ TEST_CASE("outputs take the queries' type and any strides") {
     view.stride[2] = 4;  // every second element
     view.stride[1] = 512;
     view.stride[0] = 2048;
-    REQUIRE(pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true), cache.gpu_parameters(), view, {}, problem.with_arrays(true), cache.exec()));
+    REQUIRE(pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true),
+                                 cache.gpu_parameters(), view, {}, problem.with_arrays(true), cache.exec()));
     const auto bits = out.host();
     std::vector<float> got;
     int holes = 0;
@@ -278,8 +304,9 @@ TEST_CASE("outputs take the queries' type and any strides") {
     }
     CHECK(holes == static_cast<int>(bits.size() / 2));
     const std::size_t owned = static_cast<std::size_t>(problem.query_start.back()) * 4 * 128;
-    CHECK(worst_row_error({got.begin(), got.begin() + static_cast<std::ptrdiff_t>(owned)}, {expected.out.begin(), expected.out.begin() + static_cast<std::ptrdiff_t>(owned)}, 128) <
-          (type == pk::dtype::float16 ? 1e-3 : 8e-3));
+    CHECK(worst_row_error({got.begin(), got.begin() + static_cast<std::ptrdiff_t>(owned)},
+                          {expected.out.begin(), expected.out.begin() + static_cast<std::ptrdiff_t>(owned)},
+                          128) < (type == pk::dtype::float16 ? 1e-3 : 8e-3));
   }
 }
 
@@ -294,7 +321,8 @@ TEST_CASE("key_gemv and value_gemv agree with the reference") {
       cache.fill();
       if (random.one_in(3)) cache.table[0] = -1;
       cache.device_table.assign(cache.table);
-      const std::int64_t heads = random.between(1, 9) * cache.shape.kv_heads, batch = cache.shape.batch, tokens = cache.shape.max_tokens;
+      const std::int64_t heads = random.between(1, 9) * cache.shape.kv_heads, batch = cache.shape.batch,
+                         tokens = cache.shape.max_tokens;
       const auto three = [&](tensor_data& d, bool device) {
         const auto v = device ? d.device() : d.host();
         pk::input_view<3> q;
@@ -310,8 +338,11 @@ TEST_CASE("key_gemv and value_gemv agree with the reference") {
       tensor_data q(random, cache.shape.type, batch, heads, 1, format.key_head_dim);
       std::vector<float> expected(static_cast<std::size_t>(batch * heads * tokens), 7.0f);
       device_array<float> scores(expected);
-      REQUIRE(pk::reference::key_gemv(three(q, false), cache.host_cache(), cache.host_parameters(), 0.25f, pk::make_output(expected.data(), pk::dtype::float32, {batch, heads, tokens}), cache.report));
-      REQUIRE(pk::key_gemv(three(q, true), cache.gpu_cache(), cache.gpu_parameters(), 0.25f, pk::make_output(scores.data(), pk::dtype::float32, {batch, heads, tokens}), cache.exec()));
+      REQUIRE(pk::reference::key_gemv(three(q, false), cache.host_cache(), cache.host_parameters(), 0.25f,
+                                      pk::make_output(expected.data(), pk::dtype::float32, {batch, heads, tokens}),
+                                      cache.report));
+      REQUIRE(pk::key_gemv(three(q, true), cache.gpu_cache(), cache.gpu_parameters(), 0.25f,
+                           pk::make_output(scores.data(), pk::dtype::float32, {batch, heads, tokens}), cache.exec()));
       auto got = scores.host();
       int infinities = 0;
       for (std::size_t i = 0; i < got.size(); ++i)
@@ -326,14 +357,19 @@ TEST_CASE("key_gemv and value_gemv agree with the reference") {
       std::vector<float> out(static_cast<std::size_t>(batch * heads * format.value_head_dim), 7.0f);
       device_array<float> device_out(out);
       const int splits = random.between(0, 4);
-      device_array<std::uint8_t> workspace(static_cast<std::size_t>(pk::value_gemv_workspace_bytes<format_type>({batch, cache.shape.kv_heads, heads, 1, tokens, splits})));
+      device_array<std::uint8_t> workspace(static_cast<std::size_t>(
+          pk::value_gemv_workspace_bytes<format_type>({batch, cache.shape.kv_heads, heads, 1, tokens, splits})));
       workspace.poison();
       pk::exec e = cache.exec();
       e.workspace = workspace.data();
       e.workspace_bytes = workspace.size();
       REQUIRE(pk::initialize_workspace(e));
-      REQUIRE(pk::reference::value_gemv(three(w, false), cache.host_cache(), cache.host_parameters(), pk::make_output(out.data(), pk::dtype::float32, {batch, heads, format.value_head_dim}), cache.report));
-      REQUIRE(pk::value_gemv(three(w, true), cache.gpu_cache(), cache.gpu_parameters(), pk::make_output(device_out.data(), pk::dtype::float32, {batch, heads, format.value_head_dim}), e, splits));
+      REQUIRE(pk::reference::value_gemv(
+          three(w, false), cache.host_cache(), cache.host_parameters(),
+          pk::make_output(out.data(), pk::dtype::float32, {batch, heads, format.value_head_dim}), cache.report));
+      REQUIRE(pk::value_gemv(
+          three(w, true), cache.gpu_cache(), cache.gpu_parameters(),
+          pk::make_output(device_out.data(), pk::dtype::float32, {batch, heads, format.value_head_dim}), e, splits));
       CHECK(worst_row_error(device_out.host(), out, format.value_head_dim) < tolerance);
       CHECK(cache.gpu_report().flags == cache.report.flags);
     });
@@ -347,17 +383,21 @@ TEST_CASE("merge_states agrees with the reference in both bases, empty states in
     tensor_data outs(random, pk::dtype::float16, n, tokens, heads, dim);
     std::vector<float> lses(static_cast<std::size_t>(n * tokens * heads));
     for (auto& x : lses) x = random.one_in(4) ? -std::numeric_limits<float>::infinity() : 20.0f * random.normal();
-    for (std::int64_t i = 0; i < n; ++i) lses[static_cast<std::size_t>(i * tokens * heads)] = -std::numeric_limits<float>::infinity();
+    for (std::int64_t i = 0; i < n; ++i)
+      lses[static_cast<std::size_t>(i * tokens * heads)] = -std::numeric_limits<float>::infinity();
     const device_array<float> device_lses(lses);
-    std::vector<float> out(static_cast<std::size_t>(tokens * heads * dim)), lse(static_cast<std::size_t>(tokens * heads));
+    std::vector<float> out(static_cast<std::size_t>(tokens * heads * dim)),
+        lse(static_cast<std::size_t>(tokens * heads));
     device_array<float> device_out(out.size()), device_lse(lse.size());
     device_out.poison();
     device_lse.poison();
     const auto lse_in = [&](const float* p) { return pk::make_input(p, pk::dtype::float32, {n, tokens, heads}); };
     const auto out_to = [&](float* p) { return pk::make_output(p, pk::dtype::float32, {tokens, heads, dim}); };
     const auto lse_to = [&](float* p) { return pk::make_output(p, pk::dtype::float32, {tokens, heads}); };
-    REQUIRE(pk::reference::merge_states(outs.host(), lse_in(lses.data()), out_to(out.data()), lse_to(lse.data()), base));
-    REQUIRE(pk::merge_states(outs.device(), lse_in(device_lses.data()), out_to(device_out.data()), lse_to(device_lse.data()), base, pk::exec{}));
+    REQUIRE(
+        pk::reference::merge_states(outs.host(), lse_in(lses.data()), out_to(out.data()), lse_to(lse.data()), base));
+    REQUIRE(pk::merge_states(outs.device(), lse_in(device_lses.data()), out_to(device_out.data()),
+                             lse_to(device_lse.data()), base, pk::exec{}));
     CHECK(worst_row_error(device_out.host(), out, dim) < tolerance);
     CHECK(worst_lse_error(device_lse.host(), lse) < tolerance);
     CHECK(std::isinf(lse[0]));
@@ -377,7 +417,9 @@ TEST_CASE("a call with too small a workspace is refused and writes nothing") {
   pk::exec e = cache.exec();
   e.workspace = workspace.data();
   e.workspace_bytes = 1024;
-  const pk::status s = pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true), cache.gpu_parameters(), problem.out_view(out.data()), {}, problem.with_arrays(true), e);
+  const pk::status s =
+      pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true),
+                           cache.gpu_parameters(), problem.out_view(out.data()), {}, problem.with_arrays(true), e);
   CHECK(s.code == pk::status_code::workspace_too_small);
   const auto after = out.host();
   CHECK(std::memcmp(before.data(), after.data(), before.size() * 4) == 0);

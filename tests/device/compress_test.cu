@@ -25,8 +25,8 @@ TEST_CASE("compress on the device gives the reference's bytes, and touches nothi
     for_each_format(random, [&](const auto& format) {
       test_cache cache(random, random_shape(random, most_tokens), format);
       REQUIRE(cache.compress_reference());
-      REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(), cache.gpu_parameters(),
-                           cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+      REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
+                           cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
       CHECK(cache.device_pages.host() == cache.pages);
       CHECK(same_report(cache.gpu_report(), cache.report));
     });
@@ -46,7 +46,9 @@ TEST_CASE("tokens stored one by one in random order give the reference's bytes")
       // Slots in random order; every fifth token is first stored with another token's data, then overwritten.
       std::vector<std::int64_t> slots;
       for (int t = 0; t < shape.max_tokens; ++t)
-        slots.push_back(random.one_in(7) ? -1 : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
+        slots.push_back(random.one_in(7)
+                            ? -1
+                            : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
       slots[0] = static_cast<std::int64_t>(cache.host_pages().num_pages) * page_tokens;  // beyond the pages
       const auto flat = [](pk::input_view<4> v) {  // [1, heads, tokens, dim] as [tokens, heads, dim]
         pk::input_view<3> out;
@@ -63,8 +65,10 @@ TEST_CASE("tokens stored one by one in random order give the reference's bytes")
       for (std::size_t t = 1; t + 1 < slots.size(); t += 5) std::swap(wrong_first[t], wrong_first[t + 1]);
       for (const auto& order : {wrong_first, slots}) {
         const device_array<std::int64_t> device_slots(order);
-        REQUIRE(pk::reference::store_tokens(flat(cache.keys.host()), flat(cache.values.host()), order.data(), cache.host_parameters(), cache.host_pages(), cache.report));
-        REQUIRE(pk::store_tokens(flat(cache.keys.device()), flat(cache.values.device()), device_slots.data(), cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
+        REQUIRE(pk::reference::store_tokens(flat(cache.keys.host()), flat(cache.values.host()), order.data(),
+                                            cache.host_parameters(), cache.host_pages(), cache.report));
+        REQUIRE(pk::store_tokens(flat(cache.keys.device()), flat(cache.values.device()), device_slots.data(),
+                                 cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
         CHECK(cache.device_pages.host() == cache.pages);
       }
       CHECK(same_report(cache.gpu_report(), cache.report));
@@ -85,8 +89,10 @@ TEST_CASE("decompress on the device gives the reference's bits, and leaves the r
         cache.table[0] = -1;
         cache.device_table.assign(cache.table);
       }
-      tensor_data k(random, pk::dtype::float16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens, cache.format.key_head_dim);
-      tensor_data v(random, pk::dtype::bfloat16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens, cache.format.value_head_dim);
+      tensor_data k(random, pk::dtype::float16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens,
+                    cache.format.key_head_dim);
+      tensor_data v(random, pk::dtype::bfloat16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens,
+                    cache.format.value_head_dim);
       const auto output = [](const pk::input_view<4>& in) {
         pk::output_view<4> out;
         out.data = const_cast<void*>(in.data);
@@ -97,8 +103,10 @@ TEST_CASE("decompress on the device gives the reference's bits, and leaves the r
         }
         return out;
       };
-      REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(), output(k.device()), output(v.device()), cache.exec()));
-      REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(), cache.host_parameters(), output(k.host()), output(v.host()), cache.report));
+      REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
+                             output(k.device()), output(v.device()), cache.exec()));
+      REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
+                                        cache.host_parameters(), output(k.host()), output(v.host()), cache.report));
       CHECK(k.device_bits.host() == k.host_bits);
       CHECK(v.device_bits.host() == v.host_bits);
       CHECK(cache.gpu_report().flags == cache.report.flags);
@@ -130,7 +138,8 @@ TEST_CASE("NaN, infinity, zeros and overflow are coded and reported as the refer
       x->device_bits.assign(x->host_bits);
     }
     REQUIRE(cache.compress_reference());
-    REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(), cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+    REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
+                         cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
     CHECK(cache.device_pages.host() == cache.pages);
     CHECK(same_report(cache.gpu_report(), cache.report));
     CHECK((cache.report.flags & pk::report_nonfinite_input) != 0);
@@ -145,9 +154,13 @@ TEST_CASE("a refused compress launches nothing") {
   const auto before = cache.device_pages.host();
   auto keys = cache.keys.device();
   keys.extent[3] = 96;
-  CHECK(pk::compress(keys, cache.values.device(), nullptr, cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()).code == pk::status_code::shape_mismatch);
+  CHECK(pk::compress(keys, cache.values.device(), nullptr, cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(),
+                     cache.exec())
+            .code == pk::status_code::shape_mismatch);
   auto pages = cache.gpu_pages();
   pages.key_data = static_cast<std::uint8_t*>(pages.key_data) + 8;
-  CHECK(pk::compress(cache.keys.device(), cache.values.device(), nullptr, cache.gpu_parameters(), pages, cache.gpu_table(), cache.exec()).code == pk::status_code::misaligned);
+  CHECK(pk::compress(cache.keys.device(), cache.values.device(), nullptr, cache.gpu_parameters(), pages,
+                     cache.gpu_table(), cache.exec())
+            .code == pk::status_code::misaligned);
   CHECK(cache.device_pages.host() == before);
 }

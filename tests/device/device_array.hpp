@@ -3,11 +3,10 @@
 #pragma once
 
 #include <cstring>
+#include <packkv/detail/cuda.cuh>
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <packkv/detail/cuda.cuh>
 
 namespace packkv_test {
 
@@ -32,7 +31,9 @@ class device_array {
     std::swap(count_, other.count_);
     return *this;
   }
-  ~device_array() { if (data_ != nullptr) (void)cudaFree(data_); }
+  ~device_array() {
+    if (data_ != nullptr) (void)cudaFree(data_);
+  }
 
   T* data() { return data_; }
   const T* data() const { return data_; }

@@ -22,9 +22,14 @@ PACKKV_HOST_DEVICE inline conversions convert(std::uint32_t pattern, std::uint32
   const auto h = static_cast<std::uint16_t>(pattern);
   const auto b = static_cast<std::uint8_t>(pattern);
   const float x = probe(pattern, below);
-  return {pk::detail::bit_cast<std::uint32_t>(pk::half_to_float(h)), pk::detail::bit_cast<std::uint32_t>(pk::bfloat16_to_float(h)),
-          pk::detail::bit_cast<std::uint32_t>(pk::e4m3_to_float(b)), pk::detail::bit_cast<std::uint32_t>(pk::e5m2_to_float(b)),
-          pk::float_to_half(x), pk::float_to_bfloat16(x), pk::float_to_e4m3(x), pk::float_to_e5m2(x)};
+  return {pk::detail::bit_cast<std::uint32_t>(pk::half_to_float(h)),
+          pk::detail::bit_cast<std::uint32_t>(pk::bfloat16_to_float(h)),
+          pk::detail::bit_cast<std::uint32_t>(pk::e4m3_to_float(b)),
+          pk::detail::bit_cast<std::uint32_t>(pk::e5m2_to_float(b)),
+          pk::float_to_half(x),
+          pk::float_to_bfloat16(x),
+          pk::float_to_e4m3(x),
+          pk::float_to_e5m2(x)};
 }
 
 template <int Threads>
@@ -44,8 +49,9 @@ TEST_CASE("conversions of all 65,536 patterns have the same bits on device and h
     for (std::uint32_t i = 0; i < 65536; ++i) {
       const conversions expected = convert(i, below), got = result[i];
       wrong += expected.half != got.half || expected.bfloat16 != got.bfloat16 || expected.e4m3 != got.e4m3 ||
-               expected.e5m2 != got.e5m2 || expected.to_half != got.to_half || expected.to_bfloat16 != got.to_bfloat16 ||
-               expected.to_e4m3 != got.to_e4m3 || expected.to_e5m2 != got.to_e5m2;
+               expected.e5m2 != got.e5m2 || expected.to_half != got.to_half ||
+               expected.to_bfloat16 != got.to_bfloat16 || expected.to_e4m3 != got.to_e4m3 ||
+               expected.to_e5m2 != got.to_e5m2;
     }
     CHECK(wrong == 0);
   }

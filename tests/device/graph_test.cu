@@ -37,7 +37,8 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
   pk::attention_options options;
   options.softmax_scale = 0.09f;
   options.splits = 3;
-  device_array<std::uint8_t> workspace(static_cast<std::size_t>(pk::decode_workspace_bytes<format>({batch, kv_heads, heads, 1, shape.max_tokens, 3})));
+  device_array<std::uint8_t> workspace(
+      static_cast<std::size_t>(pk::decode_workspace_bytes<format>({batch, kv_heads, heads, 1, shape.max_tokens, 3})));
   cudaStream_t stream;
   check_cuda(cudaStreamCreate(&stream));
   const pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
@@ -51,7 +52,8 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
   cudaGraphExec_t replay;
   check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
   REQUIRE(pk::store_tokens(keys_in, values_in, slots.data(), cache.gpu_parameters(), cache.gpu_pages(), e));
-  REQUIRE(pk::decode_attention(q, query_start.data(), cache.gpu_cache(), cache.gpu_parameters(), out_view, lse_view, options, e));
+  REQUIRE(pk::decode_attention(q, query_start.data(), cache.gpu_cache(), cache.gpu_parameters(), out_view, lse_view,
+                               options, e));
   check_cuda(cudaStreamEndCapture(stream, &graph));
   check_cuda(cudaGraphInstantiate(&replay, graph, 0));
 
@@ -62,7 +64,8 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
       const int t = cache.lengths[static_cast<std::size_t>(b)]++;
       const auto table = cache.host_table();
       std::uint32_t flags = 0;
-      slot[static_cast<std::size_t>(b)] = static_cast<std::int64_t>(pk::find_page(table, cache.host_pages().num_pages, b, t / 64, flags)) * 64 + t % 64;
+      slot[static_cast<std::size_t>(b)] =
+          static_cast<std::int64_t>(pk::find_page(table, cache.host_pages().num_pages, b, t / 64, flags)) * 64 + t % 64;
       for (int h = 0; h < kv_heads; ++h)
         for (int c = 0; c < dim; ++c) {
           k.push_back(*static_cast<const std::uint16_t*>(pk::detail::address(cache.keys.host(), b, h, t, c)));
@@ -82,7 +85,9 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
       std::vector<std::int32_t> host_start{0, 1, 2};
       auto host_q = q;
       host_q.data = queries.host_bits.data();
-      REQUIRE(pk::reference::decode_attention(host_q, host_start.data(), cache.host_cache(), cache.host_parameters(), pk::make_output(expected.data(), pk::dtype::float32, {batch, heads, dim}), {}, options, cache.report));
+      REQUIRE(pk::reference::decode_attention(host_q, host_start.data(), cache.host_cache(), cache.host_parameters(),
+                                              pk::make_output(expected.data(), pk::dtype::float32, {batch, heads, dim}),
+                                              {}, options, cache.report));
       CHECK(worst_row_error(got, expected, dim) < 4e-5);
     }
   }
@@ -104,7 +109,8 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
 }
 
 TEST_CASE("a launch that the runtime refuses is a status, and the next call works") {
-  const auto too_many_threads = pk::detail::launch(pk::kernel::merge_states<128>, dim3(1), 4096, nullptr, pk::kernel::merge_args{});
+  const auto too_many_threads =
+      pk::detail::launch(pk::kernel::merge_states<128>, dim3(1), 4096, nullptr, pk::kernel::merge_args{});
   CHECK(too_many_threads.code == pk::status_code::cuda_error);
   CHECK(cudaGetLastError() == cudaSuccess);
   device_array<std::uint8_t> workspace(static_cast<std::size_t>(pk::detail::workspace_counter_bytes));

@@ -7,9 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
-#include <vector>
-
 #include <packkv/packkv.cuh>
+#include <vector>
 
 #include "../support/random.hpp"
 #include "device_array.hpp"
@@ -30,16 +29,17 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
   for (int i = 0; i < plan.count; ++i) plan.width[i] = widths[random.between(0, 5)];
   std::sort(plan.width, plan.width + plan.count, [](int a, int b) { return a > b; });
   const auto transform = static_cast<pk::transform_kind>(random.between(0, 2));
-  return pk::make_plan_codec(which, head_dim, transform, plan, which == pk::side::key ? random.between(0, pk::max_leading) : 0);
+  return pk::make_plan_codec(which, head_dim, transform, plan,
+                             which == pk::side::key ? random.between(0, pk::max_leading) : 0);
 }
 
 /// Parameters of one side as host arrays, with a copy on the device.
 struct side_data {
   std::vector<float> columns;
   std::vector<std::int16_t> permutation;
-  std::vector<float> leading;
+  std::vector<float> leading, offset;
   float tensor_scale = 1.0f;
-  device_array<float> device_columns, device_leading;
+  device_array<float> device_columns, device_leading, device_offset;
   device_array<std::int16_t> device_permutation;
 
   void fill(random_source& random, const pk::codec_spec& spec, int kv_heads) {
@@ -53,20 +53,26 @@ struct side_data {
       for (int h = 0; h < kv_heads; ++h) {
         std::vector<std::int16_t> p(static_cast<std::size_t>(spec.head_dim));
         std::iota(p.begin(), p.end(), std::int16_t{0});
-        for (int i = spec.head_dim - 1; i > 0; --i) std::swap(p[static_cast<std::size_t>(i)], p[static_cast<std::size_t>(random.between(0, i))]);
+        for (int i = spec.head_dim - 1; i > 0; --i)
+          std::swap(p[static_cast<std::size_t>(i)], p[static_cast<std::size_t>(random.between(0, i))]);
         permutation.insert(permutation.end(), p.begin(), p.end());
       }
-    for (int i = 0; i < kv_heads * spec.leading; ++i) leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
+    for (int i = 0; i < kv_heads * spec.leading; ++i)
+      leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
+    if (spec.kind == pk::codec_kind::plan && random.one_in(3))
+      for (int i = 0; i < kv_heads * spec.head_dim; ++i) offset.push_back(0.5f * random.normal());
+    device_offset = device_array<float>(offset);
     device_columns = device_array<float>(columns);
     device_leading = device_array<float>(leading);
     device_permutation = device_array<std::int16_t>(permutation);
   }
   pk::side_parameters host() const {
     return {columns.empty() ? nullptr : columns.data(), permutation.empty() ? nullptr : permutation.data(),
-            leading.empty() ? nullptr : leading.data(), tensor_scale};
+            leading.empty() ? nullptr : leading.data(), tensor_scale, offset.empty() ? nullptr : offset.data()};
   }
   pk::side_parameters device() const {
-    return {device_columns.data(), device_permutation.data(), device_leading.data(), tensor_scale};
+    return {device_columns.data(), device_permutation.data(), device_leading.data(), tensor_scale,
+            device_offset.data()};
   }
 };
 
@@ -78,7 +84,8 @@ struct tensor_data {
   std::int64_t rows = 0, heads = 0, tokens = 0, dim = 0, pad = 0;
 
   tensor_data() = default;
-  tensor_data(random_source& random, pk::dtype dtype, std::int64_t r, std::int64_t h, std::int64_t t, std::int64_t d, float scale = 1.0f)
+  tensor_data(random_source& random, pk::dtype dtype, std::int64_t r, std::int64_t h, std::int64_t t, std::int64_t d,
+              float scale = 1.0f)
       : type(dtype), rows(r), heads(h), tokens(t), dim(d), pad(random.between(0, 3)) {
     host_bits.resize(static_cast<std::size_t>(rows * heads * tokens * (dim + pad)));
     for (std::size_t i = 0; i < host_bits.size(); ++i) {
@@ -136,7 +143,8 @@ class test_cache {
     key_data.fill(random, format.key(), shape.kv_heads);
     value_data.fill(random, format.value(), shape.kv_heads);
     keys = tensor_data(random, shape.type, shape.batch, shape.kv_heads, shape.max_tokens, Format::key_head_dim);
-    values = tensor_data(random, shape.type, shape.batch, shape.kv_heads, shape.max_tokens, Format::value_head_dim, 0.5f);
+    values =
+        tensor_data(random, shape.type, shape.batch, shape.kv_heads, shape.max_tokens, Format::value_head_dim, 0.5f);
     for (int b = 0; b < shape.batch; ++b) lengths.push_back(random.one_in(6) ? 0 : random.between(0, shape.max_tokens));
     if (!random.one_in(3)) lengths[0] = shape.max_tokens;
     place_pages(random);
@@ -171,7 +179,8 @@ class test_cache {
   }
 
   pk::status compress_reference() {
-    return pk::reference::compress(keys.host(), values.host(), lengths.data(), host_parameters(), host_pages(), host_table(), report);
+    return pk::reference::compress(keys.host(), values.host(), lengths.data(), host_parameters(), host_pages(),
+                                   host_table(), report);
   }
   /// Fills both copies with the reference's bytes and forgets what the encoder reported.
   void fill() {
@@ -192,7 +201,8 @@ class test_cache {
     std::vector<std::int32_t> ids(static_cast<std::size_t>(num_pages_));
     std::iota(ids.begin(), ids.end(), 0);
     if (kind_ != 2)
-      for (int i = num_pages_ - 1; i > 0; --i) std::swap(ids[static_cast<std::size_t>(i)], ids[static_cast<std::size_t>(random.between(0, i))]);
+      for (int i = num_pages_ - 1; i > 0; --i)
+        std::swap(ids[static_cast<std::size_t>(i)], ids[static_cast<std::size_t>(random.between(0, i))]);
     ids.resize(static_cast<std::size_t>(shape.batch * pages_per_sequence_));
     table = ids;
     for (int b = 0; b <= shape.batch; ++b) indptr.push_back(b * pages_per_sequence_);
@@ -238,7 +248,8 @@ class test_cache {
   }
 
   int kind_ = 0, spare_ = 0, num_pages_ = 0, pages_per_sequence_ = 0;
-  std::int64_t key_page_stride_ = 0, key_head_stride_ = 0, value_page_stride_ = 0, value_head_stride_ = 0, value_offset_ = 0;
+  std::int64_t key_page_stride_ = 0, key_head_stride_ = 0, value_page_stride_ = 0, value_head_stride_ = 0,
+               value_offset_ = 0;
 };
 
 /// Calls f(format) with a random run-time format of every pair of head dims that has kernels in these tests.
@@ -261,7 +272,8 @@ void for_each_format(random_source& random, F&& f) {
 /// max over rows of |a - b| / max(|b|, floor) with rows of `dim` values.
 inline double worst_row_error(const std::vector<float>& a, const std::vector<float>& b, int dim) {
   double worst = 0.0;
-  for (std::size_t first = 0; first + static_cast<std::size_t>(dim) <= a.size(); first += static_cast<std::size_t>(dim)) {
+  for (std::size_t first = 0; first + static_cast<std::size_t>(dim) <= a.size();
+       first += static_cast<std::size_t>(dim)) {
     double difference = 0.0, norm = 0.0;
     for (std::size_t i = first; i < first + static_cast<std::size_t>(dim); ++i) {
       difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
@@ -274,7 +286,7 @@ inline double worst_row_error(const std::vector<float>& a, const std::vector<flo
 }
 
 #if defined(PACKKV_SIMT_EXECUTOR)
-inline constexpr int repeats = 1;       ///< the executor is slow: one round with small shapes
+inline constexpr int repeats = 1;  ///< the executor is slow: one round with small shapes
 inline constexpr int most_tokens = 150;
 #else
 inline constexpr int repeats = 8;

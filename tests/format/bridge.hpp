@@ -5,12 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <packkv/reference/compress.hpp>
+#include <packkv/reference/tile.hpp>
 #include <stdexcept>
 #include <utility>
 #include <vector>
-
-#include <packkv/reference/compress.hpp>
-#include <packkv/reference/tile.hpp>
 
 #include "golden.hpp"
 
@@ -19,10 +18,14 @@ namespace bridge {
 inline packkv::codec_spec spec_of(const clean::description& f) {
   const packkv::side which = f.of == clean::side::key ? packkv::side::key : packkv::side::value;
   switch (f.coding) {
-    case clean::kind::fp16: return packkv::make_element_codec(packkv::codec_kind::float16, f.head_dim);
-    case clean::kind::bf16: return packkv::make_element_codec(packkv::codec_kind::bfloat16, f.head_dim);
-    case clean::kind::fp8: return packkv::make_element_codec(packkv::codec_kind::fp8, f.head_dim);
-    case clean::kind::plan: break;
+    case clean::kind::fp16:
+      return packkv::make_element_codec(packkv::codec_kind::float16, f.head_dim);
+    case clean::kind::bf16:
+      return packkv::make_element_codec(packkv::codec_kind::bfloat16, f.head_dim);
+    case clean::kind::fp8:
+      return packkv::make_element_codec(packkv::codec_kind::fp8, f.head_dim);
+    case clean::kind::plan:
+      break;
   }
   packkv::strip_widths widths;
   for (const int width : f.widths) widths.width[widths.count++] = static_cast<std::uint8_t>(width);
@@ -52,6 +55,7 @@ struct side_arrays {
     if (!f.column_scale.empty()) view.column_scale = f.column_scale.data();
     if (!permutation.empty()) view.permutation = permutation.data();
     if (!f.leading_scale.empty()) view.leading_scale = f.leading_scale.data();
+    if (!f.channel_offset.empty()) view.channel_offset = f.channel_offset.data();
     view.tensor_scale = f.tensor_scale;
   }
   side_arrays(const side_arrays&) = delete;
@@ -79,9 +83,9 @@ page_memory encode_as(const golden::page& p, Input&& input) {
     for (int h = 0; h < p.heads; ++h)
       for (int t = 0; t < p.tokens; ++t)
         for (int c = 0; c < dim; ++c) elements[side].push_back(input(side, h, t, c));
-    views[side] = packkv::make_input(elements[side].data(),
-                                     p.bf16_input ? packkv::dtype::bfloat16 : packkv::dtype::float16,
-                                     {1, p.heads, p.tokens, dim});
+    views[side] =
+        packkv::make_input(elements[side].data(), p.bf16_input ? packkv::dtype::bfloat16 : packkv::dtype::float16,
+                           {1, p.heads, p.tokens, dim});
   }
 
   page_memory memory(p.bytes());
@@ -110,14 +114,22 @@ page_memory encode_as(const golden::page& p, Input&& input) {
 template <class Input>
 page_memory encode(const golden::page& p, Input&& input) {
   switch (p.side[0].format.head_dim * 1000 + p.side[1].format.head_dim) {
-    case 64064: return detail::encode_as<64, 64>(p, input);
-    case 96096: return detail::encode_as<96, 96>(p, input);
-    case 128128: return detail::encode_as<128, 128>(p, input);
-    case 192128: return detail::encode_as<192, 128>(p, input);
-    case 192192: return detail::encode_as<192, 192>(p, input);
-    case 256256: return detail::encode_as<256, 256>(p, input);
-    case 512512: return detail::encode_as<512, 512>(p, input);
-    default: throw std::logic_error("bridge::encode: head dims without a case");
+    case 64064:
+      return detail::encode_as<64, 64>(p, input);
+    case 96096:
+      return detail::encode_as<96, 96>(p, input);
+    case 128128:
+      return detail::encode_as<128, 128>(p, input);
+    case 192128:
+      return detail::encode_as<192, 128>(p, input);
+    case 192192:
+      return detail::encode_as<192, 192>(p, input);
+    case 256256:
+      return detail::encode_as<256, 256>(p, input);
+    case 512512:
+      return detail::encode_as<512, 512>(p, input);
+    default:
+      throw std::logic_error("bridge::encode: head dims without a case");
   }
 }
 
@@ -136,9 +148,7 @@ inline clean::token decode(const std::uint8_t* tile, const golden::one_side& sid
   clean::token out;
   out.channels.resize(static_cast<std::size_t>(f.head_dim));
   packkv::reference::decode_token(spec, parameters, tile, token, out.channels.data());
-  const auto bits_at = [&](std::int64_t byte) {
-    return static_cast<std::uint16_t>(tile[byte] | tile[byte + 1] << 8);
-  };
+  const auto bits_at = [&](std::int64_t byte) { return static_cast<std::uint16_t>(tile[byte] | tile[byte + 1] << 8); };
   for (int c = 0; c < f.head_dim; ++c) {
     const std::int64_t index = static_cast<std::int64_t>(token) * f.head_dim + c;
     if (f.coding == clean::kind::plan) {

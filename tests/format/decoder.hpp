@@ -28,13 +28,14 @@ struct description {
   kind coding = kind::plan;
   side of = side::key;
   int head_dim = 128;
-  std::vector<int> widths;            ///< plan: bits of a code, one per strip
-  int leading = 0;                    ///< plan, keys: leading components, 0..4
+  std::vector<int> widths;  ///< plan: bits of a code, one per strip
+  int leading = 0;          ///< plan, keys: leading components, 0..4
   transform turn = transform::identity;
   std::vector<float> column_scale;    ///< plan: one per channel; empty: the default step of the width
   std::vector<int> permutation;       ///< plan, transform::permutation: one per channel
   std::vector<float> leading_scale;   ///< plan: one per leading component
   float tensor_scale = 1.0f;          ///< fp8
+  std::vector<float> channel_offset;  ///< plan: one per channel, original order; empty: none
 };
 
 /// One token of one tile. `codes` are plan codes, or the stored elements of the other formats.
@@ -90,12 +91,18 @@ inline float from_e4m3(std::uint8_t bits) {
 /// Section 6: the default step of a width.
 inline float default_step(int width) {
   switch (width) {
-    case 1: return 1.596f;
-    case 2: return 0.996f;
-    case 3: return 0.586f;
-    case 4: return 0.335f;
-    case 8: return 0.0308f;
-    default: return 0.0f;  // width 0 has no step
+    case 1:
+      return 1.596f;
+    case 2:
+      return 0.996f;
+    case 3:
+      return 0.586f;
+    case 4:
+      return 0.335f;
+    case 8:
+      return 0.0308f;
+    default:
+      return 0.0f;  // width 0 has no step
   }
 }
 
@@ -137,10 +144,13 @@ inline int code_words(const description& f) {
 inline std::size_t tile_bytes(const description& f) {
   const auto elements = static_cast<std::size_t>(tile_tokens * f.head_dim);
   switch (f.coding) {
-    case kind::fp8: return elements;
+    case kind::fp8:
+      return elements;
     case kind::fp16:
-    case kind::bf16: return 2 * elements;
-    case kind::plan: break;
+    case kind::bf16:
+      return 2 * elements;
+    case kind::plan:
+      break;
   }
   return 4 * static_cast<std::size_t>(code_words(f)) + static_cast<std::size_t>(tile_tokens * (2 + f.leading));
 }
@@ -191,10 +201,14 @@ inline field field_of(const description& f, int bits, int t, int cs) {
     const int k = (t / 8) % 2;
     const int half = 16 * (t % 2) + 8 * (cs / 8);
     switch (bits) {
-      case 8: return {lane, 2 * j + k, half};
-      case 4: return {lane, j, half + 4 * k};
-      case 2: return {lane, j / 2, half + 4 * (j % 2) + 2 * k};
-      default: return {lane, 0, half + 2 * j + k};
+      case 8:
+        return {lane, 2 * j + k, half};
+      case 4:
+        return {lane, j, half + 4 * k};
+      case 2:
+        return {lane, j / 2, half + 4 * (j % 2) + 2 * k};
+      default:
+        return {lane, 0, half + 2 * j + k};
     }
   }
 
@@ -204,24 +218,30 @@ inline field field_of(const description& f, int bits, int t, int cs) {
     const int lane = (t % 8) * 4 + (cs % 16) / 4;
     const int k = cs / 16;
     switch (bits) {
-      case 8: return {lane, 4 * j + 2 * k + u, byte};
-      case 4: return {lane, 2 * j + u, byte + 4 * k};
-      case 2: return {lane, 2 * (j / 2) + u, byte + 4 * (j % 2) + 2 * k};
-      default: return {lane, u, byte + 2 * j + k};
+      case 8:
+        return {lane, 4 * j + 2 * k + u, byte};
+      case 4:
+        return {lane, 2 * j + u, byte + 4 * k};
+      case 2:
+        return {lane, 2 * (j / 2) + u, byte + 4 * (j % 2) + 2 * k};
+      default:
+        return {lane, u, byte + 2 * j + k};
     }
   }
   const int lane = (t % 8) * 4 + cs / 4;
   switch (bits) {
-    case 8: return {lane, 2 * j + u, byte};
-    case 4: return {lane, 2 * (j / 2) + u, byte + 4 * (j % 2)};
-    case 2: return {lane, u, byte + 2 * j};
-    default: return {lane, 0, byte + 2 * j + u};
+    case 8:
+      return {lane, 2 * j + u, byte};
+    case 4:
+      return {lane, 2 * (j / 2) + u, byte + 4 * (j % 2)};
+    case 2:
+      return {lane, u, byte + 2 * j};
+    default:
+      return {lane, 0, byte + 2 * j + u};
   }
 }
 
-inline std::uint16_t read_16(const std::uint8_t* bytes) {
-  return static_cast<std::uint16_t>(bytes[0] | bytes[1] << 8);
-}
+inline std::uint16_t read_16(const std::uint8_t* bytes) { return static_cast<std::uint16_t>(bytes[0] | bytes[1] << 8); }
 
 /// The field of `bits` bits of (token, channel of a strip).
 inline int read_field(const std::uint8_t* tile, const description& f, int strip, int bits, int t, int cs) {
@@ -254,9 +274,15 @@ inline token decode_elements(const std::uint8_t* tile, const description& f, int
     const std::uint16_t bits = f.coding == kind::fp8 ? tile[index] : read_16(tile + 2 * index);
     out.codes.push_back(bits);
     switch (f.coding) {
-      case kind::fp8: out.channels.push_back(from_e4m3(static_cast<std::uint8_t>(bits)) * f.tensor_scale); break;
-      case kind::bf16: out.channels.push_back(from_bf16(bits)); break;
-      default: out.channels.push_back(from_fp16(bits)); break;
+      case kind::fp8:
+        out.channels.push_back(from_e4m3(static_cast<std::uint8_t>(bits)) * f.tensor_scale);
+        break;
+      case kind::bf16:
+        out.channels.push_back(from_bf16(bits));
+        break;
+      default:
+        out.channels.push_back(from_fp16(bits));
+        break;
     }
   }
   return out;
@@ -297,6 +323,7 @@ inline token decode_plan(const std::uint8_t* tile, const description& f, int t) 
   if (f.turn == transform::permutation) {
     for (std::size_t c = 0; c < channels; ++c) out.channels[static_cast<std::size_t>(f.permutation[c])] = y[c];
   }
+  for (std::size_t c = 0; c < f.channel_offset.size(); ++c) out.channels[c] = out.channels[c] + f.channel_offset[c];
   if (row_scale != row_scale) out.channels.assign(channels, std::numeric_limits<float>::quiet_NaN());
   return out;
 }

@@ -61,6 +61,7 @@ struct one_side {
     cut(d.column_scale, d.head_dim);
     cut(d.permutation, d.head_dim);
     cut(d.leading_scale, d.leading);
+    cut(d.channel_offset, d.head_dim);
     return d;
   }
 };

@@ -71,8 +71,13 @@ std::vector<double> naive_round_trip(const pk::codec_spec& spec, const pk::side_
       break;
   }
   const std::int16_t* order = p.permutation != nullptr ? p.permutation + static_cast<std::size_t>(head) * dim : nullptr;
-  for (std::size_t c = 0; c < dim; ++c)
-    y[c] = x[spec.transform == pk::transform_kind::permutation ? static_cast<std::size_t>(order[c]) : c];
+  for (std::size_t c = 0; c < dim; ++c) {
+    const std::size_t from = spec.transform == pk::transform_kind::permutation ? static_cast<std::size_t>(order[c]) : c;
+    const double offset = p.channel_offset != nullptr
+                              ? static_cast<double>(p.channel_offset[static_cast<std::size_t>(head) * dim + from])
+                              : 0.0;
+    y[c] = x[from] - offset;
+  }
   if (spec.transform == pk::transform_kind::hadamard) naive_hadamard(y);
   const auto leading = static_cast<std::size_t>(spec.leading);
   double squares = 0.0;
@@ -102,6 +107,8 @@ std::vector<double> naive_round_trip(const pk::codec_spec& spec, const pk::side_
   if (spec.transform == pk::transform_kind::hadamard) naive_hadamard(y);
   for (std::size_t c = 0; c < dim; ++c)
     out[spec.transform == pk::transform_kind::permutation ? static_cast<std::size_t>(order[c]) : c] = y[c];
+  for (std::size_t c = 0; c < dim && p.channel_offset != nullptr; ++c)
+    out[c] += static_cast<double>(p.channel_offset[static_cast<std::size_t>(head) * dim + c]);
   return out;
 }
 

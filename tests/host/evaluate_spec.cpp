@@ -118,7 +118,7 @@ TEST_CASE("evaluate spec: every mistake is refused") {
 TEST_CASE("evaluate spec: the list names every codec and key") {
   const std::string list = evaluate::list_codecs();
   for (const char* word :
-       {"fp16", "bf16", "fp8", "plan", "k_scale", "v_scale", "transform_k", "transform_v", "leading", "steps"})
+       {"fp16", "bf16", "fp8", "plan", "k_scale", "v_scale", "transform_k", "transform_v", "leading", "center_k", "steps"})
     CHECK(list.find(word) != std::string::npos);
 }
 

@@ -301,7 +301,7 @@ class table {
 
 /// Parameters that a pair of codecs may need, for kv_heads heads: random permutations, column and leading scales.
 struct parameter_arrays {
-  std::vector<float> column[2], leading[2];
+  std::vector<float> column[2], leading[2], offset[2];
   std::vector<std::int16_t> order[2];
 
   template <class Format>
@@ -316,16 +316,17 @@ struct parameter_arrays {
  private:
   void fill(int i, const pk::codec_spec& spec, pk::side_parameters& p, int kv_heads, random_source& random,
             bool columns) {
-    column[i].clear(), leading[i].clear(), order[i].clear();
+    column[i].clear(), leading[i].clear(), order[i].clear(), offset[i].clear();
     for (int h = 0; h < kv_heads; ++h) {
       std::vector<std::int16_t> row;
       for (int c = 0; c < spec.head_dim; ++c) row.push_back(static_cast<std::int16_t>(c));
       random.shuffle(row);
       order[i].insert(order[i].end(), row.begin(), row.end());
       for (int c = 0; c < spec.head_dim; ++c) column[i].push_back(static_cast<float>(0.25 + random.uniform()));
+      for (int c = 0; c < spec.head_dim; ++c) offset[i].push_back(static_cast<float>(4.0 * random.uniform() - 2.0));
       for (int c = 0; c < spec.leading; ++c) leading[i].push_back(static_cast<float>(0.02 + 0.02 * random.uniform()));
     }
-    if (spec.kind == pk::codec_kind::plan && columns) p.column_scale = column[i].data();
+    if (spec.kind == pk::codec_kind::plan && columns) p.column_scale = column[i].data(), p.channel_offset = offset[i].data();
     if (spec.transform == pk::transform_kind::permutation) p.permutation = order[i].data();
     if (spec.leading > 0) p.leading_scale = leading[i].data();
     if (spec.kind == pk::codec_kind::fp8) p.tensor_scale = 0.25f;

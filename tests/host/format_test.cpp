@@ -7,12 +7,11 @@
 #include <fstream>
 #include <iterator>
 #include <numeric>
+#include <packkv/codec/pages.hpp>
 #include <random>
 #include <sstream>
 #include <string>
 #include <vector>
-
-#include <packkv/codec/pages.hpp>
 
 #include "../format/bridge.hpp"
 #include "../support/catch.hpp"
@@ -59,6 +58,7 @@ void set_random_parameters(random_source& random, int heads, clean::description&
   for (int h = 0; h < heads; ++h) {
     for (int c = 0; c < f.head_dim && calibrated; ++c) f.column_scale.push_back(3.0f * random.fraction());
     for (int i = 0; i < f.leading; ++i) f.leading_scale.push_back(0.25f * random.fraction());
+    for (int c = 0; c < f.head_dim && calibrated; ++c) f.channel_offset.push_back(2.0f * random.fraction() - 1.0f);
     if (f.turn != clean::transform::permutation) continue;
     std::vector<int> row(static_cast<std::size_t>(f.head_dim));
     std::iota(row.begin(), row.end(), 0);
@@ -293,8 +293,8 @@ TEST_CASE("a tile lies where section 2 of docs/format.md says, for any strides",
   std::vector<std::uint8_t> memory(1);
   packkv::pages_view pages;
   pages.key_data = pages.value_data = memory.data();
-  for (std::int64_t* stride : {&pages.key_page_stride, &pages.key_head_stride, &pages.value_page_stride,
-                               &pages.value_head_stride}) {
+  for (std::int64_t* stride :
+       {&pages.key_page_stride, &pages.key_head_stride, &pages.value_page_stride, &pages.value_head_stride}) {
     *stride = std::int64_t{16} * random.below(1 << 30);
   }
   const int page = random.below(1 << 10), head = random.below(64), tile = random.below(8);

@@ -9,9 +9,9 @@
 #include <string>
 #include <tuple>
 
-// __shared__ variables are function statics: blocks run one after another, and the executor fills those that stand in
-// functions of namespace packkv or packkv_test with 0xff bytes before each block ("used" keeps them as they are declared).
-// `extern __shared__` is not supported.
+// __shared__ variables are function statics: blocks run one after another, and the executor overwrites those that stand
+// in functions of namespace packkv or packkv_test before each block, with 0xff bytes, 0x00 bytes (order::reverse) or
+// either (order::random). "used" keeps them as they are declared. `extern __shared__` is not supported.
 #define __global__
 #define __device__
 #define __host__

@@ -257,10 +257,15 @@ TEST_CASE("block barriers order shared memory, and blocks do not see each other'
   }
 }
 
-TEST_CASE("shared memory is filled with 0xff before each block", "[executor]") {
-  std::vector<std::uint32_t> out(4);
-  packkv_simt::launch(read_shared_unwritten, dim3(4), dim3(1), out.data());
-  CHECK(out == std::vector<std::uint32_t>(4, 0xffffffffu));
+TEST_CASE("a block finds nothing of another in shared memory", "[executor]") {
+  for (const schedule& s : all_schedules()) {
+    INFO(packkv_simt::to_string(s));
+    const packkv_simt::with_schedule guard(s);
+    std::vector<std::uint32_t> out(4);
+    packkv_simt::launch(read_shared_unwritten, dim3(4), dim3(1), out.data());
+    for (const std::uint32_t word : out)
+      CHECK(word == (s.kind == order::reverse || (s.kind == order::random && word == 0) ? 0u : 0xffffffffu));
+  }
 }
 
 TEST_CASE("atomics return the old value and wrap as CUDA's do", "[executor]") {

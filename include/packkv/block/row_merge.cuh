@@ -54,12 +54,13 @@ struct row_merge {
     return row;
   }
 
-  /// Moves row `warp` into the original basis: y becomes T^-1 (column * y). Uses the row's own part of the storage.
+  /// Moves row `warp` into the original basis: y becomes T^-1 (column * y) + sum * offset. Uses the row's own part of
+  /// the storage.
   __device__ static void finish(temp_storage& storage, const codec_spec& spec, const head_parameters& head,
                                 attention_row<HeadDim>& row) {
     float* scratch = storage.channel[0][detail::warp_id()];
     __syncwarp();
-    warp::value_sum<HeadDim, Rows>::finish(spec, head, row.channel, [&](int c, float x) { scratch[c] = x; });
+    warp::value_sum<HeadDim, Rows>::finish(spec, head, row.channel, row.sum, [&](int c, float x) { scratch[c] = x; });
     __syncwarp();
     for (int i = 0; i < HeadDim / 32; ++i) row.channel[i] = scratch[detail::lane_id() + 32 * i];
   }

@@ -21,7 +21,8 @@ struct split_merge {
 
   /// Hands in this block's rows (warp w: row w). In the last block of a unit it returns true and `row` has become the
   /// whole. All threads of the block take part and get the same answer.
-  __device__ static bool is_last(const split_storage& storage, std::int64_t unit, int split, int splits, attention_row<HeadDim>& row) {
+  __device__ static bool is_last(const split_storage& storage, std::int64_t unit, int split, int splits,
+                                 attention_row<HeadDim>& row) {
     if (splits == 1) return true;
     __shared__ bool last;
     const int lane = detail::lane_id(), warp = detail::warp_id();
@@ -34,7 +35,8 @@ struct split_merge {
     }
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(storage.counters + unit, static_cast<unsigned>(splits - 1)) == static_cast<unsigned>(splits - 1);
+    if (threadIdx.x == 0)
+      last = atomicInc(storage.counters + unit, static_cast<unsigned>(splits - 1)) == static_cast<unsigned>(splits - 1);
     __syncthreads();
     if (!last) return false;
     __threadfence();

@@ -2,17 +2,16 @@
 // Calibrates a plan codec's static data on real keys or values of one KV head: permutation, steps, leading scales.
 // One idea: each channel gets the step with the least error on tokens divided by their row scale, as they will be
 // coded.
-//   status s = calibrate::calibrate_head(spec, keys, queries, {permutation, column_scale, leading_scale});
+//   status s = calibrate::calibrate_head(spec, keys, queries, {permutation, column_scale, leading_scale, offset});
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
-
 #include <packkv/codec/quantize.hpp>
 #include <packkv/codec/transform.hpp>
 #include <packkv/core/views.hpp>
+#include <vector>
 
 namespace packkv::calibrate {
 
@@ -22,6 +21,7 @@ struct head_output {
   std::int16_t* permutation = nullptr;  ///< [head_dim]
   float* column_scale = nullptr;        ///< [head_dim], in the order of the transformed channels
   float* leading_scale = nullptr;       ///< [spec.leading]
+  float* channel_offset = nullptr;      ///< [head_dim], original basis; null: the codec has no offset
 };
 
 inline constexpr std::int64_t max_samples = 8192;  ///< tokens looked at, evenly spaced
@@ -94,6 +94,27 @@ inline std::vector<double> second_moments(const samples& s) {
       m[static_cast<std::size_t>(c)] += packkv::detail::add_square(0.0, s.token(t)[c]);
   for (double& x : m) x /= static_cast<double>(max_of<std::int64_t>(1, s.count));
   return m;
+}
+
+/// Subtracts the mean of each channel and writes it to `offset`.
+inline void centre(samples& s, float* offset) {
+  for (int c = 0; c < s.head_dim; ++c) {
+    double sum = 0.0;
+    for (std::int64_t t = 0; t < s.count; ++t) sum += static_cast<double>(s.token(t)[c]);
+    offset[c] = static_cast<float>(sum / static_cast<double>(max_of<std::int64_t>(1, s.count)));
+    for (std::int64_t t = 0; t < s.count; ++t) s.token(t)[c] -= offset[c];
+  }
+}
+
+/// channel_order of samples that are already loaded.
+inline void order_channels(const samples& tokens, const input_view<3>& queries, std::int16_t* permutation) {
+  std::vector<double> contribution = second_moments(tokens);
+  const std::vector<double> energy = second_moments(load_queries(queries, tokens.head_dim));
+  for (std::size_t c = 0; c < contribution.size(); ++c) contribution[c] *= energy[c];
+  for (int c = 0; c < tokens.head_dim; ++c) permutation[c] = static_cast<std::int16_t>(c);
+  std::stable_sort(permutation, permutation + tokens.head_dim, [&](std::int16_t a, std::int16_t b) {
+    return contribution[static_cast<std::size_t>(a)] > contribution[static_cast<std::size_t>(b)];
+  });
 }
 
 /// Row scale of a token as the encoder stores it; 0 if it has none.
@@ -182,17 +203,12 @@ inline void channel_order(const input_view<2>& x, const input_view<3>& queries, 
   const int head_dim = static_cast<int>(x.extent[1]);
   detail::samples tokens{head_dim, 0, {}};
   detail::append_rows(tokens, x, max_samples);
-  std::vector<double> contribution = detail::second_moments(tokens);
-  const std::vector<double> energy = detail::second_moments(detail::load_queries(queries, head_dim));
-  for (std::size_t c = 0; c < contribution.size(); ++c) contribution[c] *= energy[c];
-  for (int c = 0; c < head_dim; ++c) permutation[c] = static_cast<std::int16_t>(c);
-  std::stable_sort(permutation, permutation + head_dim, [&](std::int16_t a, std::int16_t b) {
-    return contribution[static_cast<std::size_t>(a)] > contribution[static_cast<std::size_t>(b)];
-  });
+  detail::order_channels(tokens, queries, permutation);
 }
 
 /// Calibrates one head of a plan codec from x [tokens, head_dim] (keys or values, any strides and dtype).
 /// queries [heads of the group, n, head_dim] order the channels of keys; pass a null view for values.
+/// - channel_offset (if asked for): the mean of each channel; all that follows sees centred channels;
 /// - permutation (permutation transform only): channel_order;
 /// - column_scale: for each channel of y / row (row: the token's stored row scale) the step with the least squared
 ///   error among multiples of sigma * gaussian_step(width); always finite and > 0;
@@ -201,9 +217,10 @@ inline void channel_order(const input_view<2>& x, const input_view<3>& queries, 
 inline status calibrate_head(const codec_spec& spec, const input_view<2>& x, const input_view<3>& queries,
                              const head_output& out) {
   if (const status s = detail::check_calibration(spec, x, queries, out); !s) return s;
-  if (spec.transform == transform_kind::permutation) channel_order(x, queries, out.permutation);
   detail::samples tokens{spec.head_dim, 0, {}};
   detail::append_rows(tokens, x, max_samples);
+  if (out.channel_offset != nullptr) detail::centre(tokens, out.channel_offset);
+  if (spec.transform == transform_kind::permutation) detail::order_channels(tokens, queries, out.permutation);
   detail::transform_all(tokens, spec.transform, out.permutation);
   if (out.leading_scale != nullptr) {
     const std::vector<double> moments = detail::second_moments(tokens);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The argument checks of every entry point, shared by the device calls and the CPU reference.
-// They see what the host can see: shapes, strides, alignment. Device-side lengths and page ids are checked by the kernels.
+// They see what the host can see: shapes, strides, alignment. Device-side lengths and page ids are checked by the
+// kernels.
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/pages.hpp>
 
 namespace packkv::detail {
@@ -19,8 +19,8 @@ inline status check_pages(const Format& format, const pages_view& p) {
     return refuse(status_code::invalid_argument, "pages need num_pages >= 0, kv_heads > 0 and tiles_per_page > 0");
   if (p.num_pages > 0 && (p.key_data == nullptr || p.value_data == nullptr))
     return refuse(status_code::invalid_argument, "a page pool pointer is null");
-  if (!aligned16(p.key_data) || !aligned16(p.value_data) || p.key_page_stride % 16 != 0 || p.key_head_stride % 16 != 0 ||
-      p.value_page_stride % 16 != 0 || p.value_head_stride % 16 != 0)
+  if (!aligned16(p.key_data) || !aligned16(p.value_data) || p.key_page_stride % 16 != 0 ||
+      p.key_head_stride % 16 != 0 || p.value_page_stride % 16 != 0 || p.value_head_stride % 16 != 0)
     return refuse(status_code::misaligned, "page pointers and strides must be multiples of 16 bytes");
   if (p.key_page_stride < 0 || p.key_head_stride < 0 || p.value_page_stride < 0 || p.value_head_stride < 0)
     return refuse(status_code::invalid_argument, "page strides must not be negative");
@@ -70,7 +70,8 @@ inline status check_kv(const parameters<Format>& p, const pages_view& pages, con
   if (const status s = check_16bit_view(keys); !s) return s;
   if (const status s = check_16bit_view(values); !s) return s;
   for (int i = 0; i + 1 < Rank; ++i)
-    if (keys.extent[i] != values.extent[i]) return refuse(status_code::shape_mismatch, "keys and values differ in shape", i);
+    if (keys.extent[i] != values.extent[i])
+      return refuse(status_code::shape_mismatch, "keys and values differ in shape", i);
   constexpr int heads = Rank == 4 ? 1 : Rank - 2;
   if (keys.extent[heads] != pages.kv_heads)
     return refuse(status_code::shape_mismatch, "keys and pages differ in kv_heads", keys.extent[heads]);
@@ -95,7 +96,8 @@ inline status check_cache(const parameters<Format>& p, const cache_view& cache) 
   return {};
 }
 
-inline status check_overlay(const input_view<4>& keys, const input_view<4>& values, std::int64_t kv_heads, int key_dim, int value_dim) {
+inline status check_overlay(const input_view<4>& keys, const input_view<4>& values, std::int64_t kv_heads, int key_dim,
+                            int value_dim) {
   if ((keys.data == nullptr) != (values.data == nullptr))
     return refuse(status_code::invalid_argument, "sinks and ring need both keys and values");
   if (keys.data == nullptr) return {};
@@ -130,7 +132,8 @@ inline status check_decode(const input_view<3>& queries, const std::int32_t* que
   if (const status s = check_groups(queries.extent[1], cache.pages.kv_heads); !s) return s;
   if (queries.extent[0] != out.extent[0] || queries.extent[1] != out.extent[1] ||
       queries.extent[2] != Format::key_head_dim || out.extent[2] != Format::value_head_dim)
-    return refuse(status_code::shape_mismatch, "queries are [tokens, query_heads, D_k] and the output [tokens, query_heads, D_v]");
+    return refuse(status_code::shape_mismatch,
+                  "queries are [tokens, query_heads, D_k] and the output [tokens, query_heads, D_v]");
   if (out.type != queries.type && out.type != dtype::float32)
     return refuse(status_code::unsupported, "the output has the dtype of the queries, or float32");
   if (lse.data != nullptr) {
@@ -153,10 +156,16 @@ inline status check_decode(const input_view<3>& queries, const std::int32_t* que
     return refuse(status_code::invalid_argument, "interleaved positions need context_lens");
   if (o.max_query_len <= 0) return refuse(status_code::invalid_argument, "max_query_len must be > 0");
   if (o.splits < 0 || o.splits > 4096) return refuse(status_code::invalid_argument, "splits must be 0..4096");
-  if (const status s = check_overlay(cache.sinks.keys, cache.sinks.values, cache.pages.kv_heads, Format::key_head_dim, Format::value_head_dim); !s) return s;
+  if (const status s = check_overlay(cache.sinks.keys, cache.sinks.values, cache.pages.kv_heads, Format::key_head_dim,
+                                     Format::value_head_dim);
+      !s)
+    return s;
   if (cache.sinks.keys.data != nullptr && cache.sinks.keys.extent[0] < cache.batch)
     return refuse(status_code::shape_mismatch, "sinks have one row per sequence");
-  if (const status s = check_overlay(cache.ring.keys, cache.ring.values, cache.pages.kv_heads, Format::key_head_dim, Format::value_head_dim); !s) return s;
+  if (const status s = check_overlay(cache.ring.keys, cache.ring.values, cache.pages.kv_heads, Format::key_head_dim,
+                                     Format::value_head_dim);
+      !s)
+    return s;
   if (cache.ring.keys.data != nullptr) {
     if (cache.ring.window < 1) return refuse(status_code::invalid_argument, "a ring needs a window > 0");
     if (cache.ring.keys.extent[2] < static_cast<std::int64_t>(cache.ring.window) + o.max_query_len - 1)
@@ -183,8 +192,8 @@ inline status check_gemv(const cache_view& cache, const parameters<Format>& p, c
   return {};
 }
 
-inline status check_merge(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse,
-                          lse_base base) {
+inline status check_merge(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out,
+                          const output_view<2>& lse, lse_base base) {
   if (const status s = check_base(base); !s) return s;
   if (const status s = check_view(outs); !s) return s;
   if (const status s = check_view(lses); !s) return s;
@@ -192,9 +201,11 @@ inline status check_merge(const input_view<4>& outs, const input_view<3>& lses, 
   if (lses.type != dtype::float32) return refuse(status_code::unsupported, "log-sum-exps are float32");
   if (outs.extent[0] < 1) return refuse(status_code::invalid_argument, "merge_states needs at least one state");
   for (int i = 0; i < 3; ++i)
-    if (outs.extent[i] != lses.extent[i]) return refuse(status_code::shape_mismatch, "outs [n, tokens, heads, D] and lses [n, tokens, heads] differ");
+    if (outs.extent[i] != lses.extent[i])
+      return refuse(status_code::shape_mismatch, "outs [n, tokens, heads, D] and lses [n, tokens, heads] differ");
   for (int i = 0; i < 3; ++i)
-    if (outs.extent[i + 1] != out.extent[i]) return refuse(status_code::shape_mismatch, "the merged output is [tokens, heads, D]");
+    if (outs.extent[i + 1] != out.extent[i])
+      return refuse(status_code::shape_mismatch, "the merged output is [tokens, heads, D]");
   if (lse.data != nullptr) {
     if (const status s = check_view(lse); !s) return s;
     if (lse.type != dtype::float32) return refuse(status_code::unsupported, "log-sum-exps are float32");

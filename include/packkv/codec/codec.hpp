@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/strips.hpp>
 #include <packkv/codec/transform.hpp>
 #include <packkv/core/views.hpp>
@@ -31,9 +30,12 @@ struct codec_spec {
   /// Bytes of the codes (or elements), which come first in the tile.
   PACKKV_HOST_DEVICE constexpr int code_bytes() const {
     switch (kind) {
-      case codec_kind::plan: return strips.words * 4;
-      case codec_kind::fp8: return tile_tokens * head_dim;
-      default: return tile_tokens * head_dim * 2;
+      case codec_kind::plan:
+        return strips.words * 4;
+      case codec_kind::fp8:
+        return tile_tokens * head_dim;
+      default:
+        return tile_tokens * head_dim * 2;
     }
   }
   /// Offset of the leading components, behind the 64 row scales.
@@ -59,8 +61,13 @@ struct leading {
 namespace detail {
 PACKKV_HOST_DEVICE constexpr bool same_layout(const strip_layout& a, const strip_layout& b) {
   bool same = a.which == b.which && a.channels == b.channels && a.count == b.count && a.words == b.words;
-  for (int i = 0; i < max_strips; ++i) same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
+  for (int i = 0; i < max_strips; ++i)
+    same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
   return same;
+}
+/// 0, which check_codec refuses, for a head dim that has no kernels.
+PACKKV_HOST_DEVICE constexpr std::int16_t stored_head_dim(int head_dim) {
+  return is_head_dim(head_dim) ? static_cast<std::int16_t>(head_dim) : std::int16_t{0};
 }
 }  // namespace detail
 
@@ -96,7 +103,7 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_plan_codec(side which, int head_dim
   codec_spec spec;
   spec.kind = codec_kind::plan;
   spec.transform = transform;
-  spec.head_dim = static_cast<std::int16_t>(head_dim);
+  spec.head_dim = detail::stored_head_dim(head_dim);
   spec.leading = static_cast<std::int16_t>(leading);
   spec.strips = make_strips(which, head_dim, widths);
   return spec;
@@ -105,7 +112,7 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_plan_codec(side which, int head_dim
 PACKKV_HOST_DEVICE constexpr codec_spec make_element_codec(codec_kind kind, int head_dim) {
   codec_spec spec;
   spec.kind = kind;
-  spec.head_dim = static_cast<std::int16_t>(head_dim);
+  spec.head_dim = detail::stored_head_dim(head_dim);
   return spec;
 }
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/strips.hpp>
 
 namespace packkv {
@@ -34,7 +33,8 @@ PACKKV_HOST_DEVICE constexpr std::int32_t fragment_word(std::int32_t base, int w
 }
 
 /// K: rows are tokens, the byte of a word is the channel within a group of four (`m16n8k32` / `m16n8k16`, A operand).
-PACKKV_HOST_DEVICE constexpr bit_field key_field(int bits, std::int32_t base, int strip_channels, int token, int channel) {
+PACKKV_HOST_DEVICE constexpr bit_field key_field(int bits, std::int32_t base, int strip_channels, int token,
+                                                 int channel) {
   const int byte = channel & 3;
   const int lane = (token & 7) * 4 + ((channel & 15) >> 2);
   const int row_half = (token >> 3) & 1;  // rows r and r + 8 of a 16-row fragment
@@ -43,17 +43,26 @@ PACKKV_HOST_DEVICE constexpr bit_field key_field(int bits, std::int32_t base, in
   if (strip_channels == 32) {
     const int channel_half = (channel >> 4) & 1;  // channels c and c + 16
     switch (bits) {
-      case 8: return {fragment_word(base, 16, lane, row_tile * 4 + channel_half * 2 + row_half), 8 * byte};
-      case 4: return {fragment_word(base, 8, lane, slot), 8 * byte + 4 * channel_half};
-      case 2: return {fragment_word(base, 4, lane, (row_tile >> 1) * 2 + row_half), 8 * byte + 4 * (row_tile & 1) + 2 * channel_half};
-      default: return {fragment_word(base, 2, lane, row_half), 8 * byte + 2 * row_tile + channel_half};
+      case 8:
+        return {fragment_word(base, 16, lane, row_tile * 4 + channel_half * 2 + row_half), 8 * byte};
+      case 4:
+        return {fragment_word(base, 8, lane, slot), 8 * byte + 4 * channel_half};
+      case 2:
+        return {fragment_word(base, 4, lane, (row_tile >> 1) * 2 + row_half),
+                8 * byte + 4 * (row_tile & 1) + 2 * channel_half};
+      default:
+        return {fragment_word(base, 2, lane, row_half), 8 * byte + 2 * row_tile + channel_half};
     }
   }
   switch (bits) {
-    case 8: return {fragment_word(base, 8, lane, slot), 8 * byte};
-    case 4: return {fragment_word(base, 4, lane, (row_tile >> 1) * 2 + row_half), 8 * byte + 4 * (row_tile & 1)};
-    case 2: return {fragment_word(base, 2, lane, row_half), 8 * byte + 2 * row_tile};
-    default: return {fragment_word(base, 1, lane, 0), 8 * byte + 2 * row_tile + row_half};
+    case 8:
+      return {fragment_word(base, 8, lane, slot), 8 * byte};
+    case 4:
+      return {fragment_word(base, 4, lane, (row_tile >> 1) * 2 + row_half), 8 * byte + 4 * (row_tile & 1)};
+    case 2:
+      return {fragment_word(base, 2, lane, row_half), 8 * byte + 2 * row_tile};
+    default:
+      return {fragment_word(base, 1, lane, 0), 8 * byte + 2 * row_tile + row_half};
   }
 }
 
@@ -66,10 +75,15 @@ PACKKV_HOST_DEVICE constexpr bit_field value_field(int bits, std::int32_t base, 
   const int lane = (channel & 7) * 4 + ((token & 7) >> 1);
   const int shift = 16 * half;
   switch (bits) {
-    case 8: return {fragment_word(base, 8, lane, token_tile * 2 + token_half), shift + 8 * row_half};
-    case 4: return {fragment_word(base, 4, lane, token_tile), shift + 8 * row_half + 4 * token_half};
-    case 2: return {fragment_word(base, 2, lane, token_tile >> 1), shift + 8 * row_half + 4 * (token_tile & 1) + 2 * token_half};
-    default: return {fragment_word(base, 1, lane, 0), shift + 8 * row_half + 2 * token_tile + token_half};
+    case 8:
+      return {fragment_word(base, 8, lane, token_tile * 2 + token_half), shift + 8 * row_half};
+    case 4:
+      return {fragment_word(base, 4, lane, token_tile), shift + 8 * row_half + 4 * token_half};
+    case 2:
+      return {fragment_word(base, 2, lane, token_tile >> 1),
+              shift + 8 * row_half + 4 * (token_tile & 1) + 2 * token_half};
+    default:
+      return {fragment_word(base, 1, lane, 0), shift + 8 * row_half + 2 * token_tile + token_half};
   }
 }
 

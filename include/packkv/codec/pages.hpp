@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/parameters.hpp>
 #include <packkv/core/views.hpp>
 
@@ -15,13 +14,13 @@ namespace packkv {
 struct pages_view {
   void* key_data = nullptr;
   void* value_data = nullptr;
-  std::int64_t key_page_stride = 0;    ///< bytes between pages
-  std::int64_t key_head_stride = 0;    ///< bytes between KV heads of a page
+  std::int64_t key_page_stride = 0;  ///< bytes between pages
+  std::int64_t key_head_stride = 0;  ///< bytes between KV heads of a page
   std::int64_t value_page_stride = 0;
   std::int64_t value_head_stride = 0;
   std::int32_t num_pages = 0;
   std::int32_t kv_heads = 0;
-  std::int32_t tiles_per_page = 1;     ///< page size in tokens / 64
+  std::int32_t tiles_per_page = 1;  ///< page size in tokens / 64
 };
 
 /// Which page holds which part of a sequence; page i of a sequence covers tokens i*page_tokens onwards.
@@ -41,10 +40,10 @@ struct sinks_view {
   input_view<4> values = {};
 };
 
-/// The newest tokens in 16 bits: [rows, kv_heads, capacity, head_dim], token t at slot t % capacity. They take the place of
-/// coded tokens: a query at position p reads tokens at positions > p - window from here. capacity >= window + max_query_len - 1.
-/// No ring: data null. Row of sequence b: `row[b]`, or b if `row` is null; a negative row means no ring for it,
-/// and so does a row beyond the ring, which is reported.
+/// The newest tokens in 16 bits: [rows, kv_heads, capacity, head_dim], token t at slot t % capacity. They take the
+/// place of coded tokens: a query at position p reads tokens at positions > p - window from here. capacity >= window +
+/// max_query_len - 1. No ring: data null. Row of sequence b: `row[b]`, or b if `row` is null; a negative row means no
+/// ring for it, and so does a row beyond the ring, which is reported.
 struct ring_view {
   input_view<4> keys = {};
   input_view<4> values = {};
@@ -56,8 +55,10 @@ struct ring_view {
 struct cache_view {
   pages_view pages = {};
   page_table table = {};
-  const std::int32_t* seq_lens = nullptr;  ///< tokens per sequence, int32 [batch]; values outside 0..max_seq_len are clamped and reported
-  const std::int32_t* kv_begin = nullptr;  ///< first visible position per sequence (left padding), int32 [batch]; null: 0
+  const std::int32_t* seq_lens =
+      nullptr;  ///< tokens per sequence, int32 [batch]; values outside 0..max_seq_len are clamped and reported
+  const std::int32_t* kv_begin =
+      nullptr;  ///< first visible position per sequence (left padding), int32 [batch]; null: 0
   std::int32_t batch = 0;
   std::int32_t max_seq_len = 0;
   sinks_view sinks = {};
@@ -72,10 +73,10 @@ struct device_report {
 
 /// Bits of device_report::flags.
 enum report_flag : std::uint32_t {
-  report_nonfinite_input = 1u,     ///< NaN or infinity in the input: the token's row scale is NaN
-  report_scale_overflow = 2u,      ///< finite input beyond the range of the stored type
-  report_page_out_of_range = 4u,   ///< a page id >= num_pages, or a store slot beyond the pages
-  report_page_missing = 8u,        ///< a negative page id, or a table row too short, inside a sequence
+  report_nonfinite_input = 1u,        ///< NaN or infinity in the input: the token's row scale is NaN
+  report_scale_overflow = 2u,         ///< finite input beyond the range of the stored type
+  report_page_out_of_range = 4u,      ///< a page id >= num_pages, or a store slot beyond the pages
+  report_page_missing = 8u,           ///< a negative page id, or a table row too short, inside a sequence
   report_length_out_of_range = 16u,   ///< a sequence or query length outside its stated maximum
   report_ring_row_out_of_range = 32u  ///< a ring row beyond the ring: the sequence has none
 };
@@ -85,16 +86,18 @@ enum class lse_base : std::uint8_t { e, two };
 
 /// What decode_attention computes beside softmax(scale * q.K^T) V.
 struct attention_options {
-  float softmax_scale = 0.0f;       ///< required, > 0
-  lse_base base = lse_base::e;      ///< base of the log-sum-exp output
-  float soft_cap = 0.0f;            ///< > 0: scores become cap * tanh(score / cap)
-  std::int32_t window = 0;          ///< > 0: a query sees the last `window` positions up to its own
-  bool causal = true;               ///< query i of n sees positions up to length - n + i
-  std::int32_t position_stride = 1; ///< position of local token t = t * position_stride + position_offset
+  float softmax_scale = 0.0f;        ///< required, > 0
+  lse_base base = lse_base::e;       ///< base of the log-sum-exp output
+  float soft_cap = 0.0f;             ///< > 0: scores become cap * tanh(score / cap)
+  std::int32_t window = 0;           ///< > 0: a query sees the last `window` positions up to its own
+  bool causal = true;                ///< query i of n sees positions up to length - n + i
+  std::int32_t position_stride = 1;  ///< position of local token t = t * position_stride + position_offset
   std::int32_t position_offset = 0;
-  const std::int32_t* context_lens = nullptr;  ///< positions per sequence, int32 [batch], where local tokens are a part of them; null: seq_lens
-  std::int32_t max_query_len = 1;   ///< upper bound of tokens per sequence in this call
-  std::int32_t splits = 0;          ///< partial results per sequence; 0: chosen from maxima. Results repeat bit for bit for a fixed value
+  const std::int32_t* context_lens =
+      nullptr;  ///< positions per sequence, int32 [batch], where local tokens are a part of them; null: seq_lens
+  std::int32_t max_query_len = 1;  ///< upper bound of tokens per sequence in this call
+  std::int32_t splits =
+      0;  ///< partial results per sequence; 0: chosen from maxima. Results repeat bit for bit for a fixed value
 };
 
 /// Bytes of one page of one KV head of each side, a lower bound for the strides.
@@ -123,13 +126,13 @@ PACKKV_HOST_DEVICE inline std::int32_t find_page(const page_table& table, std::i
 }
 
 /// Address of a tile of K or of V: tile `tile` of page `page`, KV head `head`.
-PACKKV_HOST_DEVICE inline std::uint8_t* key_tile(const pages_view& p, const codec_spec& spec, std::int64_t page, int head,
-                                                 int tile) {
+PACKKV_HOST_DEVICE inline std::uint8_t* key_tile(const pages_view& p, const codec_spec& spec, std::int64_t page,
+                                                 int head, int tile) {
   return static_cast<std::uint8_t*>(p.key_data) + page * p.key_page_stride + head * p.key_head_stride +
          static_cast<std::int64_t>(tile) * spec.tile_bytes();
 }
-PACKKV_HOST_DEVICE inline std::uint8_t* value_tile(const pages_view& p, const codec_spec& spec, std::int64_t page, int head,
-                                                   int tile) {
+PACKKV_HOST_DEVICE inline std::uint8_t* value_tile(const pages_view& p, const codec_spec& spec, std::int64_t page,
+                                                   int head, int tile) {
   return static_cast<std::uint8_t*>(p.value_data) + page * p.value_page_stride + head * p.value_head_stride +
          static_cast<std::int64_t>(tile) * spec.tile_bytes();
 }
@@ -154,9 +157,9 @@ PACKKV_HOST_DEVICE inline std::int32_t clamp_length(const std::int32_t* lengths,
 struct visibility {
   std::int64_t position_stride = 1, position_offset = 0;
   std::int64_t kv_begin = 0, window = 0;
-  std::int32_t length = 0;    ///< local tokens
-  std::int32_t sinks = 0;     ///< tokens 0..sinks-1 are 16-bit
-  std::int32_t ring_begin = 0;///< first token still in the ring; `length` without a ring
+  std::int32_t length = 0;      ///< local tokens
+  std::int32_t sinks = 0;       ///< tokens 0..sinks-1 are 16-bit
+  std::int32_t ring_begin = 0;  ///< first token still in the ring; `length` without a ring
   std::int64_t ring_window = 0;
   bool causal = true;
 
@@ -174,8 +177,8 @@ struct visibility {
   }
 };
 
-PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, const attention_options& options, std::int64_t b,
-                                                     std::int32_t length, std::uint32_t& flags) {
+PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, const attention_options& options,
+                                                     std::int64_t b, std::int32_t length, std::uint32_t& flags) {
   visibility v;
   v.position_stride = options.position_stride;
   v.position_offset = options.position_offset;

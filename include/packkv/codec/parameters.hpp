@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/codec.hpp>
 
 namespace packkv {
@@ -22,6 +21,9 @@ struct side_parameters {
   const float* leading_scale = nullptr;
   /// fp8: the tensor is stored divided by this. Finite and > 0.
   float tensor_scale = 1.0f;
+  /// plan: subtracted from every token before the transform, [kv_heads, head_dim], finite; the channel means. Null: 0.
+  /// Costs nothing per token at decode: K adds q . offset to a score, V adds the sum of weights times offset.
+  const float* channel_offset = nullptr;
 };
 
 /// Parameters of a format; `format` itself is empty unless it is a runtime_format.
@@ -34,10 +36,14 @@ struct parameters {
 
 /// The parameters of one KV head, resolved from side_parameters.
 struct head_parameters {
-  const float* column_scale;
-  const std::int16_t* permutation;
-  const float* leading_scale;
-  float tensor_scale;
+  const float* column_scale = nullptr;
+  const std::int16_t* permutation = nullptr;
+  const float* leading_scale = nullptr;
+  float tensor_scale = 1.0f;
+  const float* channel_offset = nullptr;
+
+  /// Offset of channel c in the original basis.
+  PACKKV_HOST_DEVICE float offset(int c) const { return channel_offset != nullptr ? channel_offset[c] : 0.0f; }
 };
 
 /// Picks the rows of KV head `head`.
@@ -46,7 +52,8 @@ PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const 
   return {p.column_scale != nullptr ? p.column_scale + row : nullptr,
           p.permutation != nullptr ? p.permutation + row : nullptr,
           p.leading_scale != nullptr ? p.leading_scale + static_cast<std::int64_t>(head) * spec.leading : nullptr,
-          p.tensor_scale};
+          p.tensor_scale,
+          spec.kind == codec_kind::plan && p.channel_offset != nullptr ? p.channel_offset + row : nullptr};
 }
 
 namespace detail {

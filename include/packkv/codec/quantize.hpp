@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <cstdint>
-
 #include <packkv/codec/parameters.hpp>
 #include <packkv/detail/arith.hpp>
 
@@ -15,11 +14,16 @@ namespace packkv {
 /// (J. Max, "Quantizing for minimum distortion", 1960, table II; width 8 continues the table).
 PACKKV_HOST_DEVICE constexpr float gaussian_step(int width) {
   switch (width) {
-    case 1: return 1.596f;
-    case 2: return 0.996f;
-    case 3: return 0.586f;
-    case 4: return 0.335f;
-    default: return 0.0308f;  // 8
+    case 1:
+      return 1.596f;
+    case 2:
+      return 0.996f;
+    case 3:
+      return 0.586f;
+    case 4:
+      return 0.335f;
+    default:
+      return 0.0308f;  // 8
   }
 }
 

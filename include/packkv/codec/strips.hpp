@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/core/config.hpp>
 #include <packkv/core/status.hpp>
 
@@ -74,12 +73,13 @@ PACKKV_HOST_DEVICE constexpr status check_plan(side which, int head_dim, const s
   return {};
 }
 
-/// Places the strips of a valid plan (docs/format.md, "Code words").
+/// Places the strips of a valid plan (docs/format.md, "Code words"); what it makes of others, check_codec refuses.
 PACKKV_HOST_DEVICE constexpr strip_layout make_strips(side which, int head_dim, const strip_widths& widths) {
   strip_layout s;
   s.which = which;
   s.channels = static_cast<std::int16_t>(strip_channels(which, head_dim));
   s.count = static_cast<std::int16_t>(widths.count);
+  if (widths.count < 0 || widths.count > max_strips) return s;
   for (int i = 0; i < widths.count; ++i) s.width[i] = widths.width[i];
   const int plane = 2 * s.channels;  // words of one bit plane of a strip: 64 tokens x channels / 32
   int next = 0;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/strips.hpp>
 #include <packkv/core/config.hpp>
 #include <packkv/detail/arith.hpp>
@@ -32,11 +31,16 @@ PACKKV_HOST_DEVICE constexpr int hadamard_block(int head_dim) { return head_dim 
 /// 1/sqrt(block), the nearest float.
 PACKKV_HOST_DEVICE constexpr float hadamard_scale(int block) {
   switch (block) {
-    case 32: return 0.1767766952966369f;
-    case 64: return 0.125f;
-    case 128: return 0.08838834764831845f;
-    case 256: return 0.0625f;
-    default: return 0.04419417382415922f;  // 512
+    case 32:
+      return 0.1767766952966369f;
+    case 64:
+      return 0.125f;
+    case 128:
+      return 0.08838834764831845f;
+    case 256:
+      return 0.0625f;
+    default:
+      return 0.04419417382415922f;  // 512
   }
 }
 

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <limits>
-
 #include <packkv/core/config.hpp>
 
 namespace packkv {

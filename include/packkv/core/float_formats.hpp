@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/core/config.hpp>
 #include <packkv/detail/arith.hpp>
 
@@ -32,7 +31,8 @@ struct small_float {
     if (WithInfinity && magnitude == infinity_bits) return bit_cast<float>(sign | 0x7f800000u);
     const std::uint32_t exponent = magnitude >> MantissaBits;
     const std::uint32_t mantissa = magnitude & ((1u << MantissaBits) - 1);
-    if (exponent != 0) return bit_cast<float>(sign | ((exponent + 127 - bias) << 23) | (mantissa << (23 - MantissaBits)));
+    if (exponent != 0)
+      return bit_cast<float>(sign | ((exponent + 127 - bias) << 23) | (mantissa << (23 - MantissaBits)));
     // Subnormal: mantissa * 2^(1 - bias - MantissaBits), exact in float.
     const float unit = bit_cast<float>(static_cast<std::uint32_t>(127 + 1 - bias - MantissaBits) << 23);
     const float value = static_cast<float>(mantissa) * unit;

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/core/config.hpp>
 
 namespace packkv {

@@ -6,12 +6,11 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
-
 #include <packkv/core/checked.hpp>
 #include <packkv/core/config.hpp>
 #include <packkv/core/float_formats.hpp>
 #include <packkv/core/status.hpp>
+#include <type_traits>
 
 namespace packkv {
 
@@ -39,17 +38,20 @@ using output_view = tensor_view<void*, Rank>;
 
 namespace detail {
 
+/// Stride of a contiguous view whose size does not fit 63 bits; check_view refuses it.
+inline constexpr std::int64_t unreachable_stride = -9223372036854775807LL - 1;
+
 template <class Pointer, int Rank>
 PACKKV_HOST_DEVICE constexpr tensor_view<Pointer, Rank> contiguous(Pointer data, dtype type,
                                                                    const std::int64_t (&extent)[Rank]) {
   tensor_view<Pointer, Rank> view;
   view.data = data;
   view.type = type;
-  std::int64_t stride = bytes_of(type);
+  checked stride = bytes_of(type);
   for (int i = Rank - 1; i >= 0; --i) {
     view.extent[i] = extent[i];
-    view.stride[i] = stride;
-    stride *= extent[i];
+    view.stride[i] = stride.valid() ? stride.value() : unreachable_stride;
+    stride = stride * extent[i];
   }
   return view;
 }
@@ -70,16 +72,25 @@ PACKKV_HOST_DEVICE inline Pointer address(const tensor_view<Pointer, Rank>& view
 
 PACKKV_HOST_DEVICE inline float load_element(const void* p, dtype type) {
   switch (type) {
-    case dtype::float16: return half_to_float(*static_cast<const std::uint16_t*>(p));
-    case dtype::bfloat16: return bfloat16_to_float(*static_cast<const std::uint16_t*>(p));
-    default: return *static_cast<const float*>(p);
+    case dtype::float16:
+      return half_to_float(*static_cast<const std::uint16_t*>(p));
+    case dtype::bfloat16:
+      return bfloat16_to_float(*static_cast<const std::uint16_t*>(p));
+    default:
+      return *static_cast<const float*>(p);
   }
 }
 PACKKV_HOST_DEVICE inline void store_element(void* p, dtype type, float x) {
   switch (type) {
-    case dtype::float16: *static_cast<std::uint16_t*>(p) = float_to_half(x); break;
-    case dtype::bfloat16: *static_cast<std::uint16_t*>(p) = float_to_bfloat16(x); break;
-    default: *static_cast<float*>(p) = x; break;
+    case dtype::float16:
+      *static_cast<std::uint16_t*>(p) = float_to_half(x);
+      break;
+    case dtype::bfloat16:
+      *static_cast<std::uint16_t*>(p) = float_to_bfloat16(x);
+      break;
+    default:
+      *static_cast<float*>(p) = x;
+      break;
   }
 }
 
@@ -101,7 +112,7 @@ inline status check_view(const tensor_view<Pointer, Rank>& view) {
   for (int i = 0; i < Rank; ++i) {
     if (view.stride[i] % unit != 0)
       return refuse(status_code::misaligned, "a tensor stride is not a multiple of its element size", i);
-    if (view.stride[i] == (-9223372036854775807LL - 1))
+    if (view.stride[i] == unreachable_stride)
       return refuse(status_code::overflow, "a tensor reaches beyond 63 bits of address");
     reach = reach + checked(view.extent[i] - 1) * checked(view.stride[i] < 0 ? -view.stride[i] : view.stride[i]);
   }
@@ -113,7 +124,8 @@ inline status check_view(const tensor_view<Pointer, Rank>& view) {
 
 /// Row-major contiguous view of memory that is only read.
 template <int Rank>
-PACKKV_HOST_DEVICE constexpr input_view<Rank> make_input(const void* data, dtype type, const std::int64_t (&extent)[Rank]) {
+PACKKV_HOST_DEVICE constexpr input_view<Rank> make_input(const void* data, dtype type,
+                                                         const std::int64_t (&extent)[Rank]) {
   return detail::contiguous<const void*>(data, type, extent);
 }
 /// Row-major contiguous view of memory that is written.

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
 #include <packkv/core/config.hpp>
 
 namespace packkv::detail {
@@ -76,9 +75,7 @@ PACKKV_HOST_DEVICE inline double div_rn(double a, double b) {
 }
 
 /// Tests on the bits, which hold whatever the compiler assumes about NaN.
-PACKKV_HOST_DEVICE inline bool is_finite(float x) {
-  return (bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
-}
+PACKKV_HOST_DEVICE inline bool is_finite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 PACKKV_HOST_DEVICE inline bool is_nan(float x) { return (bit_cast<std::uint32_t>(x) & 0x7fffffffu) > 0x7f800000u; }
 
 PACKKV_HOST_DEVICE inline float nan_float() { return bit_cast<float>(std::uint32_t{0x7fffffffu}); }

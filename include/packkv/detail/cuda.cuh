@@ -56,14 +56,16 @@ __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 
 /// Launches a kernel; a refusal of the runtime becomes a status. Never synchronises.
 template <class... Parameter>
-inline status launch(void (*kernel)(Parameter...), dim3 grid, int threads, cudaStream_t stream, Parameter... parameter) {
+inline status launch(void (*kernel)(Parameter...), dim3 grid, int threads, cudaStream_t stream,
+                     Parameter... parameter) {
 #if defined(PACKKV_SIMT_EXECUTOR)
   (void)stream;
-  const auto error = static_cast<cudaError_t>(packkv_simt::launch(kernel, grid, dim3(static_cast<unsigned>(threads)), parameter...));
+  const auto error =
+      static_cast<cudaError_t>(packkv_simt::launch(kernel, grid, dim3(static_cast<unsigned>(threads)), parameter...));
 #else
   void* pointers[] = {static_cast<void*>(&parameter)...};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(static_cast<unsigned>(threads)), pointers, 0, stream);
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
+                                             dim3(static_cast<unsigned>(threads)), pointers, 0, stream);
 #endif
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();

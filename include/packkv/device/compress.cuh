@@ -21,8 +21,8 @@ kernel::side_args value_side(const parameters<Format>& p) {
 }
 
 template <class Format>
-kernel::compress_args make_compress_args(const std::int64_t (&extent)[4], const std::int32_t* lengths, const pages_view& pages,
-                                         const page_table& table, const exec& e) {
+kernel::compress_args make_compress_args(const std::int64_t (&extent)[4], const std::int32_t* lengths,
+                                         const pages_view& pages, const page_table& table, const exec& e) {
   return {pages, table, lengths, extent[0], static_cast<std::int32_t>(extent[2]), e.report};
 }
 
@@ -35,8 +35,8 @@ kernel::compress_args make_compress_args(const std::int64_t (&extent)[4], const 
 ///        whose page id is invalid are skipped and reported.
 /// \return not ok, with nothing launched, for shapes, strides or parameters that do not fit. Uses no workspace.
 template <class Format>
-status compress(const input_view<4>& keys, const input_view<4>& values, const std::int32_t* lengths, const parameters<Format>& params,
-                const pages_view& pages, const page_table& table, const exec& e) {
+status compress(const input_view<4>& keys, const input_view<4>& values, const std::int32_t* lengths,
+                const parameters<Format>& params, const pages_view& pages, const page_table& table, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
   if (const status s = detail::check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   const auto args = detail::make_compress_args<Format>(keys.extent, lengths, pages, table, e);
@@ -46,15 +46,21 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
   if (items.value() == 0) return {};
   const dim3 grid = detail::grid_for(items.value());
   constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::compress<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), args, keys); !s) return s;
-  return detail::launch(kernel::compress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), args, values);
+  if (const status s = detail::launch(kernel::compress<Format::key_head_dim>, grid, threads, e.stream,
+                                      detail::key_side(params), args, keys);
+      !s)
+    return s;
+  return detail::launch(kernel::compress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params),
+                        args, values);
 }
 
 /// Reconstructs whole sequences into float16, bfloat16 tensors of the shapes that compress takes. Tokens at or past a
-/// sequence's length are left as they were; tokens whose page is missing become NaN and are reported. Uses no workspace.
+/// sequence's length are left as they were; tokens whose page is missing become NaN and are reported. Uses no
+/// workspace.
 template <class Format>
-status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths, const parameters<Format>& params,
-                  const output_view<4>& keys, const output_view<4>& values, const exec& e) {
+status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths,
+                  const parameters<Format>& params, const output_view<4>& keys, const output_view<4>& values,
+                  const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
   if (const status s = detail::check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   const auto args = detail::make_compress_args<Format>(keys.extent, lengths, pages, table, e);
@@ -63,8 +69,12 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
   if (items.value() == 0) return {};
   const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));
   constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::decompress<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), args, keys); !s) return s;
-  return detail::launch(kernel::decompress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), args, values);
+  if (const status s = detail::launch(kernel::decompress<Format::key_head_dim>, grid, threads, e.stream,
+                                      detail::key_side(params), args, keys);
+      !s)
+    return s;
+  return detail::launch(kernel::decompress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params),
+                        args, values);
 }
 
 /// Codes n single tokens into their slots, in stream order; capturable in a graph.
@@ -73,16 +83,20 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
 ///        tokens are untouched. Slots beyond the pages are skipped and reported. Uses no workspace.
 template <class Format>
-status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots, const parameters<Format>& params,
-                    const pages_view& pages, const exec& e) {
+status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots,
+                    const parameters<Format>& params, const pages_view& pages, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const std::int64_t items = keys.extent[0] * keys.extent[1];
   if (items == 0) return {};
   const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items, kernel::compress_warps));
   constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream, detail::key_side(params), pages, keys, slots, e.report); !s) return s;
-  return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params), pages, values, slots, e.report);
+  if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream,
+                                      detail::key_side(params), pages, keys, slots, e.report);
+      !s)
+    return s;
+  return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream,
+                        detail::value_side(params), pages, values, slots, e.report);
 }
 
 }  // namespace packkv

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device-wide attention over a compressed cache, and its workspace. Definition: reference/attention.hpp.
 //   std::size_t bytes = packkv::decode_workspace_bytes<format>({tokens, query_heads, batch, kv_heads, 1, max_seq_len});
-//   status s = packkv::decode_attention(queries, query_start_loc, cache, params, out, lse, options, exec{stream, ws, bytes});
+//   status s = packkv::decode_attention(queries, query_start_loc, cache, params, out, lse, options, exec{stream, ws,
+//   bytes});
 #pragma once
 
 #include <packkv/codec/checks.hpp>
@@ -26,7 +27,8 @@ namespace detail {
 template <int ValueDim>
 checked split_bytes(const policy::decode_grid& grid) {
   if (grid.splits == 1) return 0;
-  return checked(grid.units) * grid.splits * block::split_merge<ValueDim, policy::decode_rows>::floats_per_split * 4 + workspace_counter_bytes;
+  return checked(grid.units) * grid.splits * block::split_merge<ValueDim, policy::decode_rows>::floats_per_split * 4 +
+         workspace_counter_bytes;
 }
 
 template <int ValueDim>
@@ -46,7 +48,8 @@ inline block::split_storage split_storage_of(const exec& e, const policy::decode
 
 /// Largest split bytes over all calls within the maxima: fewer units may mean more splits.
 template <int ValueDim>
-checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int64_t max_seq_len, std::int32_t splits) {
+checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int64_t max_seq_len,
+                        std::int32_t splits) {
   const auto grid = policy::make_decode_grid(batch, kv_heads, rows, max_seq_len, splits);
   checked units = checked(batch) * kv_heads * grid.chunks;
   if (!units.valid()) return units;
@@ -61,12 +64,13 @@ checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t 
 /// negative, inconsistent or overflow.
 template <class Format>
 std::int64_t decode_workspace_bytes(const decode_maxima& m) {
-  if (m.batch < 0 || m.kv_heads <= 0 || m.query_heads < m.kv_heads || m.query_heads % m.kv_heads != 0 || m.max_query_len <= 0 ||
-      m.max_seq_len < 0 || m.splits < 0)
+  if (m.batch < 0 || m.kv_heads <= 0 || m.query_heads < m.kv_heads || m.query_heads % m.kv_heads != 0 ||
+      m.max_query_len <= 0 || m.max_seq_len < 0 || m.splits < 0)
     return -1;
   const checked rows = checked(m.query_heads / m.kv_heads) * m.max_query_len;
   if (!rows.valid()) return -1;
-  const checked bytes = detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, rows.value(), m.max_seq_len, m.splits);
+  const checked bytes =
+      detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, rows.value(), m.max_seq_len, m.splits);
   return bytes.valid() ? bytes.value() : -1;
 }
 
@@ -90,7 +94,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
   kernel::decode_args args{};
   args.group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
   const checked rows = checked(args.group) * options.max_query_len;
-  const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
+  const auto grid =
+      policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
   if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;
   args.key_spec = params.format.key();
   args.value_spec = params.format.value();
@@ -106,8 +111,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
   args.report = e.report;
   args.splits = grid.splits;
   args.chunks = grid.chunks;
-  return detail::launch(kernel::decode_attention<Format::key_head_dim, Format::value_head_dim>, detail::grid_for(grid.units * grid.splits),
-                        policy::decode_warps * 32, e.stream, args);
+  return detail::launch(kernel::decode_attention<Format::key_head_dim, Format::value_head_dim>,
+                        detail::grid_for(grid.units * grid.splits), policy::decode_warps * 32, e.stream, args);
 }
 
 }  // namespace packkv

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstddef>
-
 #include <packkv/codec/pages.hpp>
 #include <packkv/detail/cuda.cuh>
 

@@ -26,15 +26,16 @@ struct compress_args {
   device_report* report;
 };
 
-__device__ inline std::uint8_t* tile_address(const side_args& s, const pages_view& pages, std::int64_t page, int head, int slot) {
-  return s.which == side::key ? key_tile(pages, s.spec, page, head, slot)
-                              : value_tile(pages, s.spec, page, head, slot);
+__device__ inline std::uint8_t* tile_address(const side_args& s, const pages_view& pages, std::int64_t page, int head,
+                                             int slot) {
+  return s.which == side::key ? key_tile(pages, s.spec, page, head, slot) : value_tile(pages, s.spec, page, head, slot);
 }
 
 /// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles (sequence, head, tile index).
 template <int HeadDim>
-__global__ void __launch_bounds__(compress_warps * 32) compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
-                                                                const __grid_constant__ input_view<4> in) {
+__global__ void __launch_bounds__(compress_warps * 32)
+    compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
+             const __grid_constant__ input_view<4> in) {
   using namespace packkv::detail;
   __shared__ alignas(16) std::uint32_t words[HeadDim * tile_tokens / 4];  // the widest plan: 8 bits a channel
   const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens);
@@ -55,7 +56,8 @@ __global__ void __launch_bounds__(compress_warps * 32) compress(const __grid_con
         for (int w = static_cast<int>(threadIdx.x); w < s.spec.strips.words; w += compress_warps * 32) words[w] = 0;
         // Unused slots become zero bytes: the parts behind the code words here, element tiles token by token below.
         if (s.spec.kind == codec_kind::plan)
-          for (int i = s.spec.code_bytes() + 4 * static_cast<int>(threadIdx.x); i < s.spec.tile_bytes(); i += 4 * compress_warps * 32)
+          for (int i = s.spec.code_bytes() + 4 * static_cast<int>(threadIdx.x); i < s.spec.tile_bytes();
+               i += 4 * compress_warps * 32)
             *reinterpret_cast<std::uint32_t*>(tile + i) = 0;
         __syncthreads();
         for (int t = warp_id(); t < tile_tokens; t += compress_warps) {
@@ -82,8 +84,9 @@ __global__ void __launch_bounds__(compress_warps * 32) compress(const __grid_con
 
 /// Reconstructs every token of one side; a warp per token.
 template <int HeadDim>
-__global__ void __launch_bounds__(compress_warps * 32) decompress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
-                                                                  const __grid_constant__ output_view<4> out) {
+__global__ void __launch_bounds__(compress_warps * 32)
+    decompress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
+               const __grid_constant__ output_view<4> out) {
   using namespace packkv::detail;
   const std::int64_t items = a.batch * a.pages.kv_heads * a.max_tokens;
   std::uint32_t flags = 0;
@@ -100,7 +103,8 @@ __global__ void __launch_bounds__(compress_warps * 32) decompress(const __grid_c
       for (int i = 0; i < HeadDim / 32; ++i) sink(lane_id() + 32 * i, nan_float());
     } else {
       const std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
-      warp::decode_token<HeadDim>(s.spec, of_head(s.spec, s.parameters, head), tile, static_cast<int>(t % tile_tokens), sink);
+      warp::decode_token<HeadDim>(s.spec, of_head(s.spec, s.parameters, head), tile, static_cast<int>(t % tile_tokens),
+                                  sink);
     }
   }
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
@@ -108,9 +112,9 @@ __global__ void __launch_bounds__(compress_warps * 32) decompress(const __grid_c
 
 /// Codes n single tokens of one side into live pages; a warp per (token, head).
 template <int HeadDim>
-__global__ void __launch_bounds__(compress_warps * 32) store_tokens(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
-                                                                    const __grid_constant__ input_view<3> in, const std::int64_t* slots,
-                                                                    device_report* report) {
+__global__ void __launch_bounds__(compress_warps * 32)
+    store_tokens(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
+                 const __grid_constant__ input_view<3> in, const std::int64_t* slots, device_report* report) {
   using namespace packkv::detail;
   const std::int64_t items = in.extent[0] * pages.kv_heads;
   const std::int64_t page_tokens = static_cast<std::int64_t>(pages.tiles_per_page) * tile_tokens;
@@ -124,13 +128,15 @@ __global__ void __launch_bounds__(compress_warps * 32) store_tokens(const __grid
       if (lane_id() == 0) flags |= report_page_out_of_range;
       continue;
     }
-    std::uint8_t* tile = tile_address(s, pages, slot / page_tokens, head, static_cast<int>(slot % page_tokens / tile_tokens));
+    std::uint8_t* tile =
+        tile_address(s, pages, slot / page_tokens, head, static_cast<int>(slot % page_tokens / tile_tokens));
     std::uint32_t* words = reinterpret_cast<std::uint32_t*>(tile);
     const char* token = static_cast<const char*>(address(in, i, head, 0));
     // Neighbouring tokens share words, so both halves of and-then-or are atomic; each bit has one owner.
     warp::encode_token<HeadDim>(
-        s.spec, of_head(s.spec, s.parameters, head), [&](int c) { return load_element(token + c * in.stride[2], in.type); },
-        static_cast<int>(slot % tile_tokens), tile,
+        s.spec, of_head(s.spec, s.parameters, head),
+        [&](int c) { return load_element(token + c * in.stride[2], in.type); }, static_cast<int>(slot % tile_tokens),
+        tile,
         [&](const code_write& w) {
           if (w.bits != w.mask) atomicAnd(&words[w.word], ~(w.mask & ~w.bits));
           if (w.bits != 0) atomicOr(&words[w.word], w.bits);

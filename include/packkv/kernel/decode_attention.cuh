@@ -21,7 +21,7 @@ struct decode_args {
   attention_options options;
   block::split_storage storage;
   device_report* report;
-  std::int32_t group;   ///< query heads per KV head
+  std::int32_t group;  ///< query heads per KV head
   std::int32_t splits;
   std::int64_t chunks;
 };
@@ -73,19 +73,27 @@ class decode_block {
     if (first_row_ >= query_count_ * a_.group) return false;
     view_ = make_visibility(a_.cache, a_.options, b_, length, flags_);
     const std::int64_t context = a_.options.context_lens != nullptr ? a_.options.context_lens[b_] : length;
-    for (int r = 0; r < rows; ++r) position_[r] = context - query_count_ + min_of((first_row_ + r) / a_.group, query_count_ - 1);
+    for (int r = 0; r < rows; ++r)
+      position_[r] = context - query_count_ + min_of((first_row_ + r) / a_.group, query_count_ - 1);
     return true;
   }
 
   __device__ bool row_exists(int r) const { return first_row_ + r < query_count_ * a_.group; }
   __device__ std::int64_t query_token(int r) const { return query_begin_ + (first_row_ + r) / a_.group; }
-  __device__ std::int64_t query_head(int r) const { return static_cast<std::int64_t>(head_) * a_.group + (first_row_ + r) % a_.group; }
+  __device__ std::int64_t query_head(int r) const {
+    return static_cast<std::int64_t>(head_) * a_.group + (first_row_ + r) % a_.group;
+  }
 
   __device__ void prepare_queries(const codec_spec& spec, const head_parameters& head) {
     __syncthreads();
-    scores_type::prepare(storage_.queries, spec, head, [&](int r, int c) {
-      return row_exists(r) ? detail::load_element(detail::address(a_.queries, query_token(r), query_head(r), c), a_.queries.type) : 0.0f;
-    }, detail::warp_id(), warps);
+    scores_type::prepare(
+        storage_.queries, spec, head,
+        [&](int r, int c) {
+          return row_exists(r) ? detail::load_element(detail::address(a_.queries, query_token(r), query_head(r), c),
+                                                      a_.queries.type)
+                               : 0.0f;
+        },
+        detail::warp_id(), warps);
     __syncthreads();
   }
 
@@ -105,7 +113,8 @@ class decode_block {
 
   __device__ block::attention_row<ValueDim> attend_tiles() {
     using namespace packkv::detail;
-    const head_parameters key_head = of_head(a_.key_spec, a_.key, head_), value_head = of_head(a_.value_spec, a_.value, head_);
+    const head_parameters key_head = of_head(a_.key_spec, a_.key, head_),
+                          value_head = of_head(a_.value_spec, a_.value, head_);
     prepare_queries(a_.key_spec, key_head);
     std::int64_t first_position = view_.kv_begin;
     if (view_.window > 0) first_position = max_of(first_position, position_[0] - view_.window + 1);
@@ -141,9 +150,11 @@ class decode_block {
   __device__ block::attention_row<ValueDim> attend_raw() {
     using namespace packkv::detail;
     prepare_queries(make_element_codec(codec_kind::float16, KeyDim), {});
-    const std::int64_t ring_first = max_of<std::int64_t>(max_of(view_.ring_begin, view_.sinks), token_at(position_[0] - view_.ring_window + 1));
+    const std::int64_t ring_first =
+        max_of<std::int64_t>(max_of(view_.ring_begin, view_.sinks), token_at(position_[0] - view_.ring_window + 1));
     const std::int64_t sink_tiles = ceil_div<std::int64_t>(view_.sinks, tile_tokens);
-    const std::int64_t ring_tiles = ring_first < view_.length ? ceil_div<std::int64_t>(view_.length - ring_first, tile_tokens) : 0;
+    const std::int64_t ring_tiles =
+        ring_first < view_.length ? ceil_div<std::int64_t>(view_.length - ring_first, tile_tokens) : 0;
     warp::online_softmax<rows> softmax;
     warp::value_sum<ValueDim, rows> sum;
     for (std::int64_t tile = warp_id(); tile < sink_tiles + ring_tiles; tile += warps) {
@@ -158,11 +169,13 @@ class decode_block {
         return t < end ? address(data, row_of_b, head_, sink ? t : t % data.extent[2], 0) : nullptr;
       };
       float weights[2][rows], rescale[rows];
-      warp::raw_key_scores<KeyDim, rows>::compute(storage_.queries, [&](int token) { return at(keys, token); }, keys.stride[3], keys.type, weights);
+      warp::raw_key_scores<KeyDim, rows>::compute(
+          storage_.queries, [&](int token) { return at(keys, token); }, keys.stride[3], keys.type, weights);
       for (int j = 0; j < 2; ++j) {
         const std::int64_t t = first + lane_id() + 32 * j;
         for (int r = 0; r < rows; ++r)
-          weights[j][r] = shape(weights[j][r], t < end && view_.visible(t, position_[r]) && (sink || view_.in_ring(t, position_[r])));
+          weights[j][r] = shape(weights[j][r],
+                                t < end && view_.visible(t, position_[r]) && (sink || view_.in_ring(t, position_[r])));
       }
       softmax.weigh(weights, rescale);
       sum.rescale(rescale);
@@ -177,7 +190,8 @@ class decode_block {
     if (!row_exists(r)) return;
     const bool empty = row.sum == 0.0f;
     for (int i = 0; i < ValueDim / 32; ++i)
-      store_element(address(a_.out, query_token(r), query_head(r), lane_id() + 32 * i), a_.out.type, empty ? 0.0f : row.channel[i] / row.sum);
+      store_element(address(a_.out, query_token(r), query_head(r), lane_id() + 32 * i), a_.out.type,
+                    empty ? 0.0f : row.channel[i] / row.sum);
     if (a_.lse.data != nullptr && lane_id() == 0) {
       const float base2 = row.maximum + log2f(row.sum);
       const float unit = a_.options.base == lse_base::two ? 1.0f : 0.6931471805599453f;
@@ -196,7 +210,8 @@ class decode_block {
 
 /// Grid: units * splits blocks, in that order; see policy::decode_grid.
 template <int KeyDim, int ValueDim>
-__global__ void __launch_bounds__(policy::decode_warps * 32) decode_attention(const __grid_constant__ decode_args args) {
+__global__ void __launch_bounds__(policy::decode_warps * 32)
+    decode_attention(const __grid_constant__ decode_args args) {
   using block_type = decode_block<KeyDim, ValueDim>;
   __shared__ typename block_type::temp_storage storage;
   block_type(args, storage).run();

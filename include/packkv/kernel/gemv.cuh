@@ -14,8 +14,8 @@ struct gemv_args {
   codec_spec spec;
   side_parameters parameters;
   cache_view cache;
-  input_view<3> in;     ///< queries [batch, query_heads, D_k] or weights [batch, query_heads, max_seq_len]
-  output_view<3> out;   ///< scores [batch, query_heads, max_seq_len] or outputs [batch, query_heads, D_v]
+  input_view<3> in;    ///< queries [batch, query_heads, D_k] or weights [batch, query_heads, max_seq_len]
+  output_view<3> out;  ///< scores [batch, query_heads, max_seq_len] or outputs [batch, query_heads, D_v]
   float scale;
   block::split_storage storage;
   device_report* report;
@@ -43,7 +43,9 @@ struct gemv_block {
     hi = tiles * (split + 1) / a.splits;
   }
   __device__ bool row_exists(const gemv_args& a, int r) const { return first_row + r < a.group; }
-  __device__ std::int64_t query_head(const gemv_args& a, int r) const { return static_cast<std::int64_t>(head) * a.group + first_row + r; }
+  __device__ std::int64_t query_head(const gemv_args& a, int r) const {
+    return static_cast<std::int64_t>(head) * a.group + first_row + r;
+  }
 };
 
 /// scores[b, h, t] for every t < length; tokens without a page give -inf.
@@ -55,21 +57,28 @@ __global__ void __launch_bounds__(policy::decode_warps * 32) key_gemv(const __gr
   __shared__ typename scores_type::temp_storage queries;
   std::uint32_t flags = 0;
   const gemv_block block(a, flags);
-  scores_type::prepare(queries, a.spec, of_head(a.spec, a.parameters, block.head), [&](int r, int c) {
-    return block.row_exists(a, r) ? load_element(address(a.in, block.b, block.query_head(a, r), c), a.in.type) : 0.0f;
-  }, warp_id(), warps);
+  scores_type::prepare(
+      queries, a.spec, of_head(a.spec, a.parameters, block.head),
+      [&](int r, int c) {
+        return block.row_exists(a, r) ? load_element(address(a.in, block.b, block.query_head(a, r), c), a.in.type)
+                                      : 0.0f;
+      },
+      warp_id(), warps);
   __syncthreads();
   const pages_view& pages = a.cache.pages;
   for (std::int64_t tile = block.lo + warp_id(); tile < block.hi; tile += warps) {
     const std::int32_t page = find_page(a.cache.table, pages.num_pages, block.b, tile / pages.tiles_per_page, flags);
     float scores[2][rows];
     if (page >= 0)
-      scores_type::compute(queries, a.spec, key_tile(pages, a.spec, page, block.head, static_cast<int>(tile % pages.tiles_per_page)), scores);
+      scores_type::compute(queries, a.spec,
+                           key_tile(pages, a.spec, page, block.head, static_cast<int>(tile % pages.tiles_per_page)),
+                           scores);
     for (int j = 0; j < 2; ++j) {
       const std::int64_t t = tile * tile_tokens + lane_id() + 32 * j;
       for (int r = 0; r < rows; ++r)
         if (t < block.length && block.row_exists(a, r))
-          store_element(address(a.out, block.b, block.query_head(a, r), t), a.out.type, page >= 0 ? scores[j][r] * a.scale : -infinity());
+          store_element(address(a.out, block.b, block.query_head(a, r), t), a.out.type,
+                        page >= 0 ? scores[j][r] * a.scale : -infinity());
     }
   }
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
@@ -95,15 +104,21 @@ __global__ void __launch_bounds__(policy::decode_warps * 32) value_gemv(const __
     for (int j = 0; j < 2; ++j) {
       const std::int64_t t = tile * tile_tokens + lane_id() + 32 * j;
       for (int r = 0; r < rows; ++r)
-        weights[j][r] = t < block.length && block.row_exists(a, r) ? load_element(address(a.in, block.b, block.query_head(a, r), t), a.in.type) : 0.0f;
+        weights[j][r] = t < block.length && block.row_exists(a, r)
+                            ? load_element(address(a.in, block.b, block.query_head(a, r), t), a.in.type)
+                            : 0.0f;
     }
-    sum.add(a.spec, value_tile(pages, a.spec, page, block.head, static_cast<int>(tile % pages.tiles_per_page)), weights);
+    for (int r = 0; r < rows; ++r) plain.sum[r] += warp_sum(weights[0][r] + weights[1][r]);
+    sum.add(a.spec, value_tile(pages, a.spec, page, block.head, static_cast<int>(tile % pages.tiles_per_page)),
+            weights);
   }
   block::attention_row<HeadDim> row = merge_type::merge(storage, plain, sum);
   merge_type::finish(storage, a.spec, of_head(a.spec, a.parameters, block.head), row);
-  if (block::split_merge<HeadDim, rows>::is_last(a.storage, block.unit, block.split, a.splits, row) && block.row_exists(a, warp_id()))
+  if (block::split_merge<HeadDim, rows>::is_last(a.storage, block.unit, block.split, a.splits, row) &&
+      block.row_exists(a, warp_id()))
     for (int i = 0; i < HeadDim / 32; ++i)
-      store_element(address(a.out, block.b, block.query_head(a, warp_id()), lane_id() + 32 * i), a.out.type, row.channel[i]);
+      store_element(address(a.out, block.b, block.query_head(a, warp_id()), lane_id() + 32 * i), a.out.type,
+                    row.channel[i]);
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
@@ -126,7 +141,8 @@ __global__ void __launch_bounds__(Threads) merge_states(const __grid_constant__ 
   for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const std::int64_t t = item / heads, h = item % heads;
     float m = -infinity();
-    for (std::int64_t i = 0; i < a.outs.extent[0]; ++i) m = fmaxf(m, unit * load_element(address(a.lses, i, t, h), dtype::float32));
+    for (std::int64_t i = 0; i < a.outs.extent[0]; ++i)
+      m = fmaxf(m, unit * load_element(address(a.lses, i, t, h), dtype::float32));
     float total = 0.0f;
     for (std::int64_t i = 0; i < a.outs.extent[0]; ++i) {
       const float l = unit * load_element(address(a.lses, i, t, h), dtype::float32);
@@ -136,7 +152,8 @@ __global__ void __launch_bounds__(Threads) merge_states(const __grid_constant__ 
       float sum = 0.0f;
       for (std::int64_t i = 0; i < a.outs.extent[0]; ++i) {
         const float l = unit * load_element(address(a.lses, i, t, h), dtype::float32);
-        if (l != -infinity()) sum = fmaf(exp2_approx(l - m), load_element(address(a.outs, i, t, h, c), a.outs.type), sum);
+        if (l != -infinity())
+          sum = fmaf(exp2_approx(l - m), load_element(address(a.outs, i, t, h, c), a.outs.type), sum);
       }
       store_element(address(a.out, t, h, c), a.out.type, total == 0.0f ? 0.0f : sum / total);
     }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <packkv/codec/strips.hpp>
 #include <packkv/core/checked.hpp>
 
@@ -24,8 +23,8 @@ struct decode_grid {
 };
 
 /// `rows` = maximum of query tokens per sequence x query heads per KV head. Products are checked by the caller.
-inline decode_grid make_decode_grid(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int64_t max_seq_len,
-                                    std::int32_t splits) {
+inline decode_grid make_decode_grid(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows,
+                                    std::int64_t max_seq_len, std::int32_t splits) {
   decode_grid grid;
   grid.chunks = ceil_div<std::int64_t>(rows, decode_rows);
   grid.units = (checked(batch) * kv_heads * grid.chunks).value();

@@ -5,10 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
-
 #include <packkv/codec/checks.hpp>
 #include <packkv/reference/compress.hpp>
+#include <vector>
 
 namespace packkv::reference {
 
@@ -46,16 +45,18 @@ inline double dot(const float* a, const float* b, int n) {
 
 /// Decodes one coded token of K or V in the original basis; false if its page is missing.
 template <class Format>
-bool decode_cached(const cache_view& cache, const parameters<Format>& params, side which, std::int64_t b, int head, std::int64_t t,
-                   float* x, std::uint32_t& flags) {
+bool decode_cached(const cache_view& cache, const parameters<Format>& params, side which, std::int64_t b, int head,
+                   std::int64_t t, float* x, std::uint32_t& flags) {
   using namespace packkv::detail;
   const codec_spec spec = which == side::key ? params.format.key() : params.format.value();
   const std::int64_t index = t / tile_tokens;
   const std::int32_t page = find_page(cache.table, cache.pages.num_pages, b, index / cache.pages.tiles_per_page, flags);
   if (page < 0) return false;
   const int slot = static_cast<int>(index % cache.pages.tiles_per_page);
-  const std::uint8_t* tile = which == side::key ? key_tile(cache.pages, spec, page, head, slot) : value_tile(cache.pages, spec, page, head, slot);
-  decode_token(spec, of_head(spec, which == side::key ? params.key : params.value, head), tile, static_cast<int>(t % tile_tokens), x);
+  const std::uint8_t* tile = which == side::key ? key_tile(cache.pages, spec, page, head, slot)
+                                                : value_tile(cache.pages, spec, page, head, slot);
+  decode_token(spec, of_head(spec, which == side::key ? params.key : params.value, head), tile,
+               static_cast<int>(t % tile_tokens), x);
   return true;
 }
 
@@ -67,7 +68,8 @@ template <class Format>
 status key_gemv(const input_view<3>& queries, const cache_view& cache, const parameters<Format>& params, float scale,
                 const output_view<3>& scores, device_report& report) {
   using namespace packkv::detail;
-  if (const status s = check_gemv(cache, params, queries, scores, Format::key_head_dim, cache.max_seq_len); !s) return s;
+  if (const status s = check_gemv(cache, params, queries, scores, Format::key_head_dim, cache.max_seq_len); !s)
+    return s;
   const int group = static_cast<int>(queries.extent[1] / cache.pages.kv_heads);
   float q[max_head_dim], k[max_head_dim];
   for (std::int64_t b = 0; b < cache.batch; ++b) {
@@ -89,8 +91,8 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
 /// out[b, h, :] = sum over t < seq_lens[b] of weights[b, h, t] * v^[b, t, :]; tokens without a page count as 0.
 /// weights [batch, query_heads, max_seq_len], out [batch, query_heads, D_v].
 template <class Format>
-status value_gemv(const input_view<3>& weights, const cache_view& cache, const parameters<Format>& params, const output_view<3>& out,
-                  device_report& report) {
+status value_gemv(const input_view<3>& weights, const cache_view& cache, const parameters<Format>& params,
+                  const output_view<3>& out, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_gemv(cache, params, weights, out, cache.max_seq_len, Format::value_head_dim); !s) return s;
   const int group = static_cast<int>(weights.extent[1] / cache.pages.kv_heads);
@@ -104,7 +106,8 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
       for (std::int64_t t = 0; t < length; ++t) {
         if (!detail::decode_cached(cache, params, side::value, b, head, t, v, report.flags)) continue;
         for (int g = 0; g < group; ++g) {
-          const double w = load_element(address(weights, b, static_cast<std::int64_t>(head) * group + g, t), weights.type);
+          const double w =
+              load_element(address(weights, b, static_cast<std::int64_t>(head) * group + g, t), weights.type);
           for (int c = 0; c < dim; ++c) sum[static_cast<std::size_t>(g) * dim + c] += w * static_cast<double>(v[c]);
         }
       }
@@ -151,7 +154,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
             const std::int64_t row = sink || cache.ring.row == nullptr ? b : cache.ring.row[b];
             const std::int64_t slot = sink ? t : t % keys.extent[2];
             detail::load_token(address(keys, row, head, slot, 0), keys.stride[3], keys.type, Format::key_head_dim, k);
-            detail::load_token(address(values, row, head, slot, 0), values.stride[3], values.type, Format::value_head_dim, v);
+            detail::load_token(address(values, row, head, slot, 0), values.stride[3], values.type,
+                               Format::value_head_dim, v);
           } else if (!detail::decode_cached(cache, params, side::key, b, head, t, k, report.flags) ||
                      !detail::decode_cached(cache, params, side::value, b, head, t, v, report.flags)) {
             continue;
@@ -161,7 +165,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
           sum.add(s, v);
         }
         for (int c = 0; c < Format::value_head_dim; ++c)
-          store_element(address(out, begin + i, h, c), out.type, static_cast<float>(sum.output(static_cast<std::size_t>(c))));
+          store_element(address(out, begin + i, h, c), out.type,
+                        static_cast<float>(sum.output(static_cast<std::size_t>(c))));
         if (lse.data != nullptr)
           store_element(address(lse, begin + i, h), lse.type,
                         static_cast<float>(sum.log_sum_exp() * (options.base == lse_base::two ? log2e : 1.0)));
@@ -172,28 +177,34 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 }
 
 /// Merges n attention results over disjoint tokens: out = sum_i out_i * 2^(lse_i) / sum_i 2^(lse_i) (or base e).
-/// outs [n, tokens, heads, D], lses float32 [n, tokens, heads]; lse may be a null view. A state with lse -inf is ignored.
-inline status merge_states(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out, const output_view<2>& lse,
-                           lse_base base) {
+/// outs [n, tokens, heads, D], lses float32 [n, tokens, heads]; lse may be a null view. A state with lse -inf is
+/// ignored.
+inline status merge_states(const input_view<4>& outs, const input_view<3>& lses, const output_view<3>& out,
+                           const output_view<2>& lse, lse_base base) {
   using namespace packkv::detail;
   if (const status s = check_merge(outs, lses, out, lse, base); !s) return s;
   const double unit = base == lse_base::two ? 0.6931471805599453 : 1.0;
   for (std::int64_t t = 0; t < out.extent[0]; ++t)
     for (std::int64_t h = 0; h < out.extent[1]; ++h) {
       double m = -INFINITY, total = 0.0;
-      for (std::int64_t i = 0; i < outs.extent[0]; ++i) m = std::fmax(m, unit * load_element(address(lses, i, t, h), dtype::float32));
+      for (std::int64_t i = 0; i < outs.extent[0]; ++i)
+        m = std::fmax(m, unit * load_element(address(lses, i, t, h), dtype::float32));
       std::vector<double> sum(static_cast<std::size_t>(out.extent[2]), 0.0);
       for (std::int64_t i = 0; i < outs.extent[0]; ++i) {
         const double l = unit * load_element(address(lses, i, t, h), dtype::float32);
         if (l == -INFINITY) continue;
         const double weight = std::exp(l - m);
         total += weight;
-        for (std::int64_t c = 0; c < out.extent[2]; ++c) sum[static_cast<std::size_t>(c)] += weight * static_cast<double>(load_element(address(outs, i, t, h, c), outs.type));
+        for (std::int64_t c = 0; c < out.extent[2]; ++c)
+          sum[static_cast<std::size_t>(c)] +=
+              weight * static_cast<double>(load_element(address(outs, i, t, h, c), outs.type));
       }
       for (std::int64_t c = 0; c < out.extent[2]; ++c)
-        store_element(address(out, t, h, c), out.type, total == 0.0 ? 0.0f : static_cast<float>(sum[static_cast<std::size_t>(c)] / total));
+        store_element(address(out, t, h, c), out.type,
+                      total == 0.0 ? 0.0f : static_cast<float>(sum[static_cast<std::size_t>(c)] / total));
       if (lse.data != nullptr)
-        store_element(address(lse, t, h), dtype::float32, total == 0.0 ? -packkv::detail::infinity() : static_cast<float>((m + std::log(total)) / unit));
+        store_element(address(lse, t, h), dtype::float32,
+                      total == 0.0 ? -packkv::detail::infinity() : static_cast<float>((m + std::log(total)) / unit));
     }
   return {};
 }

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-
 #include <packkv/codec/checks.hpp>
 #include <packkv/reference/tile.hpp>
 
@@ -15,10 +14,12 @@ namespace packkv::reference {
 namespace detail {
 
 inline void load_token(const void* base, std::int64_t channel_stride, dtype type, int head_dim, float* x) {
-  for (int c = 0; c < head_dim; ++c) x[c] = packkv::detail::load_element(static_cast<const char*>(base) + c * channel_stride, type);
+  for (int c = 0; c < head_dim; ++c)
+    x[c] = packkv::detail::load_element(static_cast<const char*>(base) + c * channel_stride, type);
 }
 inline void store_token(void* base, std::int64_t channel_stride, dtype type, int head_dim, const float* x) {
-  for (int c = 0; c < head_dim; ++c) packkv::detail::store_element(static_cast<char*>(base) + c * channel_stride, type, x[c]);
+  for (int c = 0; c < head_dim; ++c)
+    packkv::detail::store_element(static_cast<char*>(base) + c * channel_stride, type, x[c]);
 }
 
 }  // namespace detail
@@ -29,7 +30,8 @@ inline void store_token(void* base, std::int64_t channel_stride, dtype type, int
 /// last tile become zero bytes. Tiles without a page are skipped and reported.
 template <class Format>
 status compress(const input_view<4>& keys, const input_view<4>& values, const std::int32_t* lengths,
-                const parameters<Format>& params, const pages_view& pages, const page_table& table, device_report& report) {
+                const parameters<Format>& params, const pages_view& pages, const page_table& table,
+                device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
@@ -63,8 +65,9 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
 /// Reconstructs whole sequences: the inverse shapes of compress. Tokens at or past a sequence's length are left as
 /// they were; tokens whose page is missing become NaN and are reported.
 template <class Format>
-status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths, const parameters<Format>& params,
-                  const output_view<4>& keys, const output_view<4>& values, device_report& report) {
+status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths,
+                  const parameters<Format>& params, const output_view<4>& keys, const output_view<4>& values,
+                  device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
@@ -77,13 +80,14 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
       const int slot = static_cast<int>(index % pages.tiles_per_page), token = static_cast<int>(t % tile_tokens);
       const std::int32_t page = find_page(table, pages.num_pages, b, index / pages.tiles_per_page, report.flags);
       for (int h = 0; h < pages.kv_heads; ++h) {
-        const auto put = [&](const codec_spec& spec, const side_parameters& p, const std::uint8_t* tile, const output_view<4>& out) {
-          if (page >= 0) decode_token(spec, of_head(spec, p, h), tile, token, x);
+        const auto put = [&](const codec_spec& spec, const side_parameters& p, auto tile_at,
+                             const output_view<4>& out) {
+          if (page >= 0) decode_token(spec, of_head(spec, p, h), tile_at(pages, spec, page, h, slot), token, x);
           for (int c = 0; c < spec.head_dim && page < 0; ++c) x[c] = nan_float();
           detail::store_token(address(out, b, h, t, 0), out.stride[3], out.type, spec.head_dim, x);
         };
-        put(key, params.key, key_tile(pages, key, page, h, slot), keys);
-        put(value, params.value, value_tile(pages, value, page, h, slot), values);
+        put(key, params.key, key_tile, keys);
+        put(value, params.value, value_tile, values);
       }
     }
   }
@@ -112,9 +116,11 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
     const int tile = static_cast<int>(slot % page_tokens / tile_tokens), token = static_cast<int>(slot % tile_tokens);
     for (int h = 0; h < pages.kv_heads; ++h) {
       detail::load_token(address(keys, i, h, 0), keys.stride[2], keys.type, key.head_dim, x);
-      encode_token(key, of_head(key, params.key, h), x, token, key_tile(pages, key, slot / page_tokens, h, tile), report);
+      encode_token(key, of_head(key, params.key, h), x, token, key_tile(pages, key, slot / page_tokens, h, tile),
+                   report);
       detail::load_token(address(values, i, h, 0), values.stride[2], values.type, value.head_dim, x);
-      encode_token(value, of_head(value, params.value, h), x, token, value_tile(pages, value, slot / page_tokens, h, tile), report);
+      encode_token(value, of_head(value, params.value, h), x, token,
+                   value_tile(pages, value, slot / page_tokens, h, tile), report);
     }
   }
   return {};

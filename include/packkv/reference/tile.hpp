@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-
 #include <packkv/codec/layout.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/quantize.hpp>
@@ -29,8 +28,9 @@ inline void encode_plan_token(const codec_spec& spec, const head_parameters& hea
                               std::uint8_t* tile, device_report& report) {
   using namespace packkv::detail;
   const int dim = spec.head_dim;
-  float y[max_head_dim];
-  transform_forward(spec.transform, head.permutation, dim, x, y);
+  float centred[max_head_dim], y[max_head_dim];
+  for (int c = 0; c < dim; ++c) centred[c] = head.channel_offset != nullptr ? sub_rn(x[c], head.offset(c)) : x[c];
+  transform_forward(spec.transform, head.permutation, dim, centred, y);
 
   // 32 partial sums, then a tree: the order in which a warp adds (warp/token_codec.cuh).
   double partial[32] = {};
@@ -43,9 +43,12 @@ inline void encode_plan_token(const codec_spec& spec, const head_parameters& hea
   for (int stride = 16; stride > 0; stride /= 2)
     for (int i = 0; i < stride; ++i) partial[i] += partial[i + stride];
 
-  const std::uint16_t scale_bits = finite && in_range ? row_scale_bits(partial[0], dim - spec.leading) : std::uint16_t{0x7fff};
-  if (!finite) report.flags |= report_nonfinite_input;
-  else if (scale_bits == 0x7fff) report.flags |= report_scale_overflow;
+  const std::uint16_t scale_bits =
+      finite && in_range ? row_scale_bits(partial[0], dim - spec.leading) : std::uint16_t{0x7fff};
+  if (!finite)
+    report.flags |= report_nonfinite_input;
+  else if (scale_bits == 0x7fff)
+    report.flags |= report_scale_overflow;
   const float row = half_to_float(scale_bits);
   const bool valid = scale_bits != 0x7fff;
 
@@ -112,17 +115,26 @@ inline void decode_token(const codec_spec& spec, const head_parameters& head, co
         continue;
       }
       const code_place place = locate(spec.strips, token, c);
-      y[c] = place.width == 0 ? (is_nan(row) ? row : 0.0f)
-                              : decode_element(read_code(words, place), mul_rn(row, column_of(head, place.width, c)), place.width);
+      y[c] = place.width == 0
+                 ? (is_nan(row) ? row : 0.0f)
+                 : decode_element(read_code(words, place), mul_rn(row, column_of(head, place.width, c)), place.width);
     }
-    return transform_inverse(spec.transform, head.permutation, spec.head_dim, y, x);
+    transform_inverse(spec.transform, head.permutation, spec.head_dim, y, x);
+    for (int c = 0; c < spec.head_dim && head.channel_offset != nullptr; ++c) x[c] = add_rn(x[c], head.offset(c));
+    return;
   }
   for (int c = 0; c < spec.head_dim; ++c) {
     const std::int64_t at = static_cast<std::int64_t>(token) * spec.head_dim + c;
     switch (spec.kind) {
-      case codec_kind::fp8: x[c] = mul_rn(e4m3_to_float(tile[at]), head.tensor_scale); break;
-      case codec_kind::bfloat16: x[c] = bfloat16_to_float(detail::load_bits(tile, 2 * at)); break;
-      default: x[c] = half_to_float(detail::load_bits(tile, 2 * at)); break;
+      case codec_kind::fp8:
+        x[c] = mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
+        break;
+      case codec_kind::bfloat16:
+        x[c] = bfloat16_to_float(detail::load_bits(tile, 2 * at));
+        break;
+      default:
+        x[c] = half_to_float(detail::load_bits(tile, 2 * at));
+        break;
     }
   }
 }

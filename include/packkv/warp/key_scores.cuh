@@ -14,19 +14,29 @@ namespace packkv::warp {
 /// Scores of `Rows` queries against tiles of one KV head. HeadDim is D_k.
 template <int HeadDim, int Rows>
 struct key_scores {
-  /// Shared by all warps of a block: Rows * HeadDim * 4 bytes.
+  /// Shared by all warps of a block: Rows * (HeadDim + 1) * 4 bytes.
   struct temp_storage {
     float query[Rows][HeadDim];
+    float offset[Rows];  ///< query . channel_offset, part of every score
   };
 
   /// Fills the storage from source(row, channel), the queries in the original basis: row r is done by warp r % warps.
   /// The caller synchronises the block before compute.
   template <class Source>
-  __device__ static void prepare(temp_storage& storage, const codec_spec& spec, const head_parameters& head, Source&& source,
-                                 int warp, int warps) {
+  __device__ static void prepare(temp_storage& storage, const codec_spec& spec, const head_parameters& head,
+                                 Source&& source, int warp, int warps) {
     for (int row = warp; row < Rows; row += warps) {
-      float q[HeadDim / 32];
-      load_transformed<HeadDim>(spec.transform, head.permutation, [&](int c) { return source(row, c); }, q);
+      float q[HeadDim / 32], offset = 0.0f;
+      load_transformed<HeadDim>(
+          spec.transform, head.permutation,
+          [&](int c) {
+            const float x = source(row, c);
+            offset = fmaf(x, head.offset(c), offset);
+            return x;
+          },
+          q);
+      offset = detail::warp_sum(offset);
+      if (detail::lane_id() == 0) storage.offset[row] = offset;
       for (int i = 0; i < HeadDim / 32; ++i) {
         const int c = detail::lane_id() + 32 * i;
         storage.query[row][c] = q[i] * column(spec, head, c);
@@ -35,12 +45,15 @@ struct key_scores {
   }
 
   /// scores[j][r] = query r . key of token lane + 32 * j. Slots that hold no token give arbitrary values, NaN included.
-  __device__ static void compute(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile, float (&scores)[2][Rows]) {
+  __device__ static void compute(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
+                                 float (&scores)[2][Rows]) {
     for (int j = 0; j < 2; ++j) {
       for (int r = 0; r < Rows; ++r) scores[j][r] = 0.0f;
       const int token = detail::lane_id() + 32 * j;
-      if (spec.kind == codec_kind::plan) plan_scores(storage, spec, tile, token, scores[j]);
-      else element_scores(storage, spec, tile, token, scores[j]);
+      if (spec.kind == codec_kind::plan)
+        plan_scores(storage, spec, tile, token, scores[j]);
+      else
+        element_scores(storage, spec, tile, token, scores[j]);
     }
   }
 
@@ -49,11 +62,12 @@ struct key_scores {
   __device__ static float column(const codec_spec& spec, const head_parameters& head, int c) {
     if (spec.kind == codec_kind::fp8) return head.tensor_scale;
     if (spec.kind != codec_kind::plan) return 1.0f;
-    return c < spec.leading ? head.leading_scale[c] : detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
+    return c < spec.leading ? head.leading_scale[c]
+                            : detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
   }
 
-  __device__ static void plan_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile, int token,
-                                     float (&score)[Rows]) {
+  __device__ static void plan_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
+                                     int token, float (&score)[Rows]) {
     using namespace packkv::detail;
     const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
     for (int strip = 0; strip < spec.strips.count; ++strip) {
@@ -67,16 +81,17 @@ struct key_scores {
         for (int r = 0; r < Rows; ++r) score[r] = c < spec.leading ? score[r] : fmaf(storage.query[r][c], x, score[r]);
       }
     }
-    const float row = half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
-    for (int r = 0; r < Rows; ++r) score[r] *= row;
+    const float row =
+        half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
+    for (int r = 0; r < Rows; ++r) score[r] = fmaf(score[r], row, storage.offset[r]);
     for (int c = 0; c < spec.leading; ++c) {
       const auto x = static_cast<std::int8_t>(tile[spec.leading_offset() + c * tile_tokens + row_slot(token)]);
       for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], static_cast<float>(x), score[r]);
     }
   }
 
-  __device__ static void element_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile, int token,
-                                        float (&score)[Rows]) {
+  __device__ static void element_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
+                                        int token, float (&score)[Rows]) {
     for (int c = 0; c < HeadDim; ++c) {
       const int at = token * HeadDim + c;
       const float x = spec.kind == codec_kind::fp8 ? e4m3_to_float(tile[at])
@@ -95,7 +110,8 @@ struct raw_key_scores {
 
   /// key(token) gives the address of a token's channels, or null. Tokens without an address score 0.
   template <class KeyAddress>
-  __device__ static void compute(const temp_storage& storage, KeyAddress&& key, std::int64_t channel_stride, dtype type, float (&scores)[2][Rows]) {
+  __device__ static void compute(const temp_storage& storage, KeyAddress&& key, std::int64_t channel_stride, dtype type,
+                                 float (&scores)[2][Rows]) {
     for (int j = 0; j < 2; ++j) {
       for (int r = 0; r < Rows; ++r) scores[j][r] = 0.0f;
       const char* k = static_cast<const char*>(key(detail::lane_id() + 32 * j));

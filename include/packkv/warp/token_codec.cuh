@@ -16,7 +16,8 @@ namespace packkv::warp {
 /// `flags` and `clamps` collect what device_report counts; each event is counted in one lane. All lanes take part.
 template <int HeadDim, class Source, class PutBits>
 __device__ inline void encode_token(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
-                                    std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags, std::uint32_t& clamps) {
+                                    std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags,
+                                    std::uint32_t& clamps) {
   using namespace packkv::detail;
   constexpr int registers = HeadDim / 32;
   const int lane = lane_id();
@@ -46,11 +47,14 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
   }
 
   float y[registers];
-  load_transformed<HeadDim>(spec.transform, head.permutation, [&](int c) {
-    const float x = source(c);
-    finite = finite && is_finite(x);
-    return x;
-  }, y);
+  load_transformed<HeadDim>(
+      spec.transform, head.permutation,
+      [&](int c) {
+        const float x = source(c);
+        finite = finite && is_finite(x);
+        return head.channel_offset != nullptr ? sub_rn(x, head.offset(c)) : x;
+      },
+      y);
   double sum = 0.0;
   bool in_range = true;
   for (int i = 0; i < registers; ++i) {
@@ -60,12 +64,15 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
   sum = warp_sum(sum);
   finite = __all_sync(all_lanes, finite) != 0;
   in_range = __all_sync(all_lanes, in_range) != 0;
-  const std::uint16_t scale_bits = finite && in_range ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
+  const std::uint16_t scale_bits =
+      finite && in_range ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
   const bool valid = scale_bits != 0x7fff;
   const float row = half_to_float(scale_bits);
   if (lane == 0) {
-    if (!finite) flags |= report_nonfinite_input;
-    else if (!valid) flags |= report_scale_overflow;
+    if (!finite)
+      flags |= report_nonfinite_input;
+    else if (!valid)
+      flags |= report_scale_overflow;
     *reinterpret_cast<std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)) = scale_bits;
   }
   for (int i = 0; i < registers; ++i) {
@@ -87,17 +94,22 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
 }
 
 /// Reconstructs channel c of a token in the transformed basis.
-__device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile,
-                                           int token, int c) {
+__device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head,
+                                           const std::uint8_t* tile, int token, int c) {
   using namespace packkv::detail;
   const int at = token * spec.head_dim + c;
   switch (spec.kind) {
-    case codec_kind::fp8: return mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
-    case codec_kind::float16: return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-    case codec_kind::bfloat16: return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-    default: break;
+    case codec_kind::fp8:
+      return mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
+    case codec_kind::float16:
+      return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+    case codec_kind::bfloat16:
+      return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+    default:
+      break;
   }
-  const float row = half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
+  const float row =
+      half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
   if (c < spec.leading) {
     const auto q = static_cast<std::int8_t>(tile[spec.leading_offset() + c * tile_tokens + row_slot(token)]);
     return is_nan(row) ? row : mul_rn(head.leading_scale[c], static_cast<float>(q));
@@ -110,11 +122,13 @@ __device__ inline float decode_transformed(const codec_spec& spec, const head_pa
 
 /// Reconstructs a token: sink(c, x[c]) for each channel. All lanes take part.
 template <int HeadDim, class Sink>
-__device__ inline void decode_token(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile, int token,
-                                    Sink&& sink) {
+__device__ inline void decode_token(const codec_spec& spec, const head_parameters& head, const std::uint8_t* tile,
+                                    int token, Sink&& sink) {
   float y[HeadDim / 32];
   for (int i = 0; i < HeadDim / 32; ++i) y[i] = decode_transformed(spec, head, tile, token, detail::lane_id() + 32 * i);
-  store_inverse<HeadDim>(spec.transform, head.permutation, y, sink);
+  store_inverse<HeadDim>(spec.transform, head.permutation, y, [&](int c, float x) {
+    sink(c, head.channel_offset != nullptr ? detail::add_rn(x, head.offset(c)) : x);
+  });
 }
 
 }  // namespace packkv::warp

@@ -45,7 +45,8 @@ __device__ inline void load_transformed(transform_kind kind, const std::int16_t*
 
 /// x = T^-1 y, each channel handed to sink(c, x[c]). Changes y.
 template <int HeadDim, class Sink>
-__device__ inline void store_inverse(transform_kind kind, const std::int16_t* permutation, float (&y)[HeadDim / 32], Sink&& sink) {
+__device__ inline void store_inverse(transform_kind kind, const std::int16_t* permutation, float (&y)[HeadDim / 32],
+                                     Sink&& sink) {
   if (kind == transform_kind::hadamard) hadamard<HeadDim>(y);
   for (int i = 0; i < HeadDim / 32; ++i) {
     const int c = detail::lane_id() + 32 * i;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weighted sums of the 64 values of a coded tile for a few query rows, computed on the codes.
 // One idea: row scales go into the weights, columns and the basis are applied to the finished sum once.
-//   value_sum<D, Rows> sum;   sum.rescale(factor);   sum.add(spec, tile, weights);   sum.finish(spec, head, row, sink);
+//   value_sum<D, Rows> sum;   sum.rescale(factor);   sum.add(spec, tile, weights);   sum.finish(spec, head, y, weight,
+//   sink);
 #pragma once
 
 #include <packkv/codec/layout.hpp>
@@ -31,9 +32,10 @@ struct value_sum {
     using namespace packkv::detail;
     float scaled[2][Rows];
     for (int j = 0; j < 2; ++j) {
-      const float row = spec.kind == codec_kind::plan ? half_to_float(*reinterpret_cast<const std::uint16_t*>(
-                                                            tile + spec.code_bytes() + 2 * row_slot(lane_id() + 32 * j)))
-                                                      : 1.0f;
+      const float row = spec.kind == codec_kind::plan
+                            ? half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() +
+                                                                                    2 * row_slot(lane_id() + 32 * j)))
+                            : 1.0f;
       for (int r = 0; r < Rows; ++r) scaled[j][r] = weights[j][r] == 0.0f ? 0.0f : weights[j][r] * row;
     }
     add_tokens(scaled, [&](int token, int c) { return element(spec, tile, token, c); });
@@ -41,22 +43,26 @@ struct value_sum {
 
   /// Adds up to 64 tokens that lie in 16 bits outside the tiles; value(token) is the address of a token's channels.
   template <class ValueAddress>
-  __device__ void add_raw(ValueAddress&& value, std::int64_t channel_stride, dtype type, const float (&weights)[2][Rows]) {
+  __device__ void add_raw(ValueAddress&& value, std::int64_t channel_stride, dtype type,
+                          const float (&weights)[2][Rows]) {
     add_tokens(weights, [&](int token, int c) {
       return detail::load_element(static_cast<const char*>(value(token)) + c * channel_stride, type);
     });
   }
 
-  /// Applies columns and inverse basis to one row of sums `y` (lane l: channels l, l + 32, ...) and hands
-  /// sink(channel, value) the result in the original basis. All lanes take part.
+  /// Applies columns, inverse basis and offset to one row of sums `y` (lane l: channels l, l + 32, ...) whose weights
+  /// add up to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
   template <class Sink>
-  __device__ static void finish(const codec_spec& spec, const head_parameters& head, float (&y)[HeadDim / 32], Sink&& sink) {
+  __device__ static void finish(const codec_spec& spec, const head_parameters& head, float (&y)[HeadDim / 32],
+                                float weight, Sink&& sink) {
     for (int i = 0; i < HeadDim / 32; ++i) {
       const int c = detail::lane_id() + 32 * i;
       if (spec.kind == codec_kind::fp8) y[i] *= head.tensor_scale;
-      if (spec.kind == codec_kind::plan) y[i] *= detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
+      if (spec.kind == codec_kind::plan)
+        y[i] *= detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
     }
-    store_inverse<HeadDim>(spec.transform, head.permutation, y, sink);
+    store_inverse<HeadDim>(spec.transform, head.permutation, y,
+                           [&](int c, float x) { sink(c, fmaf(weight, head.offset(c), x)); });
   }
 
  private:
@@ -82,14 +88,19 @@ struct value_sum {
   __device__ static float element(const codec_spec& spec, const std::uint8_t* tile, int token, int c) {
     const int at = token * HeadDim + c;
     switch (spec.kind) {
-      case codec_kind::fp8: return e4m3_to_float(tile[at]);
-      case codec_kind::float16: return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-      case codec_kind::bfloat16: return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-      default: break;
+      case codec_kind::fp8:
+        return e4m3_to_float(tile[at]);
+      case codec_kind::float16:
+        return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+      case codec_kind::bfloat16:
+        return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+      default:
+        break;
     }
     const code_place place = locate(spec.strips, token, c);
     if (place.width == 0) return 0.0f;
-    return static_cast<float>(read_code(reinterpret_cast<const std::uint32_t*>(tile), place)) - detail::code_centre(place.width);
+    return static_cast<float>(read_code(reinterpret_cast<const std::uint32_t*>(tile), place)) -
+           detail::code_centre(place.width);
   }
 };
 
