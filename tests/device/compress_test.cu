@@ -27,7 +27,7 @@ TEST_CASE("compress on the device gives the reference's bytes, and touches nothi
       REQUIRE(cache.compress_reference());
       REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
                            cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
-      CHECK(cache.device_pages.host() == cache.pages);
+      CHECK((cache.device_pages.host() == cache.pages));
       CHECK(same_report(cache.gpu_report(), cache.report));
     });
   }
@@ -69,7 +69,7 @@ TEST_CASE("tokens stored one by one in random order give the reference's bytes")
                                             cache.host_parameters(), cache.host_pages(), cache.report));
         REQUIRE(pk::store_tokens(flat(cache.keys.device()), flat(cache.values.device()), device_slots.data(),
                                  cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
-        CHECK(cache.device_pages.host() == cache.pages);
+        CHECK((cache.device_pages.host() == cache.pages));
       }
       CHECK(same_report(cache.gpu_report(), cache.report));
       CHECK((cache.report.flags & pk::report_page_out_of_range) != 0);
@@ -107,8 +107,8 @@ TEST_CASE("decompress on the device gives the reference's bits, and leaves the r
                              output(k.device()), output(v.device()), cache.exec()));
       REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
                                         cache.host_parameters(), output(k.host()), output(v.host()), cache.report));
-      CHECK(k.device_bits.host() == k.host_bits);
-      CHECK(v.device_bits.host() == v.host_bits);
+      CHECK((k.device_bits.host() == k.host_bits));
+      CHECK((v.device_bits.host() == v.host_bits));
       CHECK(cache.gpu_report().flags == cache.report.flags);
     });
   }
@@ -140,7 +140,7 @@ TEST_CASE("NaN, infinity, zeros and overflow are coded and reported as the refer
     REQUIRE(cache.compress_reference());
     REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
                          cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
-    CHECK(cache.device_pages.host() == cache.pages);
+    CHECK((cache.device_pages.host() == cache.pages));
     CHECK(same_report(cache.gpu_report(), cache.report));
     CHECK((cache.report.flags & pk::report_nonfinite_input) != 0);
   });
@@ -162,5 +162,5 @@ TEST_CASE("a refused compress launches nothing") {
   CHECK(pk::compress(cache.keys.device(), cache.values.device(), nullptr, cache.gpu_parameters(), pages,
                      cache.gpu_table(), cache.exec())
             .code == pk::status_code::misaligned);
-  CHECK(cache.device_pages.host() == before);
+  CHECK((cache.device_pages.host() == before));
 }

@@ -36,6 +36,7 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
   device_array<float> out(static_cast<std::size_t>(batch * heads * dim)), lse(static_cast<std::size_t>(batch * heads));
   pk::attention_options options;
   options.softmax_scale = 0.09f;
+  options.base = pk::lse_base::e;
   options.splits = 3;
   device_array<std::uint8_t> workspace(
       static_cast<std::size_t>(pk::decode_workspace_bytes<format>({batch, kv_heads, heads, 1, shape.max_tokens, 3})));

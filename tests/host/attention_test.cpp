@@ -282,7 +282,7 @@ TEST_CASE("every group size 1 to 8 and 16 reads its own KV head", "[attention]")
     q.fill([&] { return random.normal(); });
     const std::int32_t starts[] = {0, 1};
     pk::attention_options o;
-    o.softmax_scale = 0.125f;
+    o.base = pk::lse_base::e, o.softmax_scale = 0.125f;
     pk::device_report report;
     REQUIRE(ref::decode_attention(q.in(), starts, f.cache, f.params, out.out(), {}, o, report));
     double worst = 0.0;
@@ -324,7 +324,7 @@ TEST_CASE("every length with poisoned unused slots attends as a cache without th
       cache.pages = p.pages, cache.table.row_stride = 3, cache.seq_lens = &length, cache.batch = 1,
       cache.max_seq_len = 192;
       pk::attention_options o;
-      o.softmax_scale = 0.125f, o.max_query_len = 2;
+      o.base = pk::lse_base::e, o.softmax_scale = 0.125f, o.max_query_len = 2;
       const std::int32_t starts[] = {0, 2};
       const std::int64_t shape[] = {2, 2, 64}, lse_shape[] = {2, 2};
       REQUIRE(ref::decode_attention(
@@ -446,7 +446,7 @@ TEST_CASE("a ring that repeats the coded tokens' input changes only the tokens i
     tensor<3> without(pk::dtype::float32, {2 * queries, 2, 64});
     q.fill([&] { return random.normal(); });
     pk::attention_options o;
-    o.softmax_scale = 0.3f, o.max_query_len = queries;
+    o.base = pk::lse_base::e, o.softmax_scale = 0.3f, o.max_query_len = queries;
     pk::device_report report;
     REQUIRE(ref::decode_attention(q.in(), starts, f.cache, f.params, without.out(), {}, o, report));
     f.cache.ring = {rk.in(), rv.in(), rows, window};
@@ -463,7 +463,7 @@ TEST_CASE("lengths, query counts and pages out of range are reported and read no
   tensor<2> lse(pk::dtype::float32, {2, 1});
   q.fill([&] { return random.normal(); });
   pk::attention_options o;
-  o.softmax_scale = 0.125f, o.max_query_len = 2;
+  o.base = pk::lse_base::e, o.softmax_scale = 0.125f, o.max_query_len = 2;
   const auto flags = [&](std::int32_t length, std::int32_t begin, std::int32_t end) {
     const std::int32_t starts[] = {begin, end};
     pk::cache_view cache = f.cache;

@@ -72,7 +72,7 @@ struct call {
     cache.pages = pages, cache.table = table, cache.seq_lens = lengths.data(), cache.batch = 2, cache.max_seq_len = 70;
     cache.sinks = {sink_k.in(), sink_v.in()};
     cache.ring = {ring_k.in(), ring_v.in(), nullptr, 16};
-    options.softmax_scale = 0.1f, options.max_query_len = 2;
+    options.base = pk::lse_base::e, options.softmax_scale = 0.1f, options.max_query_len = 2;
   }
   static pk::parameters<format> make_parameters() {
     pk::parameters<format> p;
@@ -292,6 +292,7 @@ TEST_CASE("bad arguments of decode_attention are refused before anything is writ
         decode, code::invalid_argument, [=](call& c) { c.options.soft_cap = x; }, __LINE__);
   REFUSES(decode, code::invalid_argument, c.options.window = -1);
   REFUSES(decode, code::invalid_argument, c.options.base = static_cast<pk::lse_base>(2));
+  REFUSES(decode, code::invalid_argument, c.options.base = pk::lse_base::unset);
   REFUSES(decode, code::invalid_argument, c.options.position_stride = 0);
   REFUSES(decode, code::invalid_argument, c.options.position_offset = -1);
   REFUSES(decode, code::invalid_argument, c.options.position_stride = 2);  // without context_lens

@@ -2,10 +2,9 @@
 // Properties of packkv/calibrate/columns.hpp.
 #include <algorithm>
 #include <cmath>
-#include <vector>
-
 #include <packkv/calibrate/columns.hpp>
 #include <packkv/reference/tile.hpp>
+#include <vector>
 
 #include "../support/catch.hpp"
 #include "../support/random.hpp"
@@ -55,6 +54,29 @@ double coding_error(const codec_spec& spec, const packkv::detail::head_parameter
 }
 
 }  // namespace
+
+TEST_CASE("calibrate: with an offset, constant channel biases cost nothing, and the offset is the mean") {
+  std::vector<float> plain(500 * dim), biased;
+  std::uint32_t state = 7;
+  for (float& x : plain) {
+    x = 0.0f;
+    for (int i = 0; i < 4; ++i)
+      x += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0f - 0.5f;
+  }
+  for (std::size_t i = 0; i < plain.size(); ++i) biased.push_back(plain[i] + (i % dim % 7 == 3 ? 20.0f : 0.0f));
+  const codec_spec spec = key_spec(transform_kind::identity, {2, 2, 2, 2});
+  std::vector<float> steps(dim), offset(dim), steps_of_biased(dim);
+  REQUIRE(calibrate::calibrate_head(spec, rows_of(biased), {}, {nullptr, steps.data(), nullptr, offset.data()}));
+  REQUIRE(calibrate::calibrate_head(spec, rows_of(biased), {}, {nullptr, steps_of_biased.data(), nullptr}));
+  for (int c = 0; c < dim; ++c)
+    CHECK(std::abs(offset[static_cast<std::size_t>(c)] - (c % 7 == 3 ? 20.0f : 0.0f)) < 0.2f);
+
+  // Energies: coding_error is relative to the biased tokens, 20^2 / 7 of energy against 1/3.
+  const double with = coding_error(spec, {steps.data(), nullptr, nullptr, 1.0f, offset.data()}, biased);
+  const double without = coding_error(spec, {steps_of_biased.data(), nullptr, nullptr, 1.0f, nullptr}, biased);
+  CHECK(with < 0.2 * (1.0 / 3.0) / (400.0 / 7.0));
+  CHECK(without > 2.0 * with);
+}
 
 TEST_CASE("calibrate: channels are ordered by contribution, ties by index") {
   const std::vector<float> ones(4 * dim, 1.0f);

@@ -112,7 +112,7 @@ inline status check_overlay(const input_view<4>& keys, const input_view<4>& valu
 
 inline status check_base(lse_base base) {
   if (base == lse_base::e || base == lse_base::two) return {};
-  return refuse(status_code::invalid_argument, "unknown log-sum-exp base");
+  return refuse(status_code::invalid_argument, "the log-sum-exp base must be lse_base::e or lse_base::two");
 }
 
 /// Query heads must be a multiple of the KV heads.
@@ -149,7 +149,8 @@ inline status check_decode(const input_view<3>& queries, const std::int32_t* que
     return refuse(status_code::invalid_argument, "softmax_scale must be finite and > 0");
   if (!is_finite(o.soft_cap) || o.soft_cap < 0.0f || o.window < 0)
     return refuse(status_code::invalid_argument, "soft_cap and window must not be negative");
-  if (const status s = check_base(o.base); !s) return s;
+  if (lse.data != nullptr)
+    if (const status s = check_base(o.base); !s) return s;
   if (o.position_stride <= 0 || o.position_offset < 0)
     return refuse(status_code::invalid_argument, "position_stride must be > 0 and position_offset >= 0");
   if ((o.position_stride != 1 || o.position_offset != 0) && o.context_lens == nullptr)

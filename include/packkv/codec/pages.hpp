@@ -81,13 +81,13 @@ enum report_flag : std::uint32_t {
   report_ring_row_out_of_range = 32u  ///< a ring row beyond the ring: the sequence has none
 };
 
-/// Base of the log-sum-exp that a call writes or reads. There is no default: a wrong base corrupts merges silently.
-enum class lse_base : std::uint8_t { e, two };
+/// Base of the log-sum-exp that a call writes or reads. The caller must choose: a wrong base corrupts merges silently.
+enum class lse_base : std::uint8_t { e = 0, two = 1, unset = 255 };
 
 /// What decode_attention computes beside softmax(scale * q.K^T) V.
 struct attention_options {
   float softmax_scale = 0.0f;        ///< required, > 0
-  lse_base base = lse_base::e;       ///< base of the log-sum-exp output
+  lse_base base = lse_base::unset;   ///< base of the log-sum-exp output; required with one
   float soft_cap = 0.0f;             ///< > 0: scores become cap * tanh(score / cap)
   std::int32_t window = 0;           ///< > 0: a query sees the last `window` positions up to its own
   bool causal = true;                ///< query i of n sees positions up to length - n + i

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
     compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
              const __grid_constant__ input_view<4> in) {
   using namespace packkv::detail;
-  __shared__ alignas(16) std::uint32_t words[HeadDim * tile_tokens / 4];  // the widest plan: 8 bits a channel
+  __shared__ __align__(16) std::uint32_t words[HeadDim * tile_tokens / 4];  // the widest plan: 8 bits a channel
   const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens);
   const std::int64_t items = a.batch * a.pages.kv_heads * tiles;
   std::uint32_t flags = 0, clamps = 0;

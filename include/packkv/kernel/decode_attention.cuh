@@ -84,8 +84,8 @@ class decode_block {
     return static_cast<std::int64_t>(head_) * a_.group + (first_row_ + r) % a_.group;
   }
 
+  /// The caller's warps have met since they last read the queries (merge does).
   __device__ void prepare_queries(const codec_spec& spec, const head_parameters& head) {
-    __syncthreads();
     scores_type::prepare(
         storage_.queries, spec, head,
         [&](int r, int c) {
