@@ -10,6 +10,7 @@
 #include <packkv/device/decode_attention.cuh>
 #include <packkv/device/exec.cuh>
 #include <packkv/device/gemv.cuh>
+#include <packkv/warp/element.cuh>
 #include <packkv/warp/key_scores.cuh>
 #include <packkv/warp/online_softmax.cuh>
 #include <packkv/warp/token_codec.cuh>

@@ -10,7 +10,7 @@ namespace {
 struct conversions {
   std::uint32_t half, bfloat16, e4m3, e5m2;  // bits of the float that the pattern stands for
   std::uint16_t to_half, to_bfloat16;        // of a float made from the pattern
-  std::uint8_t to_e4m3, to_e5m2;
+  std::uint16_t to_e4m3, to_e5m2;            // wide, so that the struct has no padding
 };
 
 /// A float whose rounding to 16 bits is interesting: the pattern in the upper half, a tie or near-tie below.

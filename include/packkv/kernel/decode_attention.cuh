@@ -65,12 +65,13 @@ class decode_block {
     const std::int32_t length = clamp_length(a_.cache.seq_lens, b_, a_.cache.max_seq_len, flags_);
     query_begin_ = a_.query_start_loc[b_];
     query_count_ = a_.query_start_loc[b_ + 1] - query_begin_;
-    if (query_begin_ < 0 || query_count_ < 0 || query_begin_ + query_count_ > a_.queries.extent[0] ||
-        query_count_ > a_.options.max_query_len) {
-      add_report(a_.report, threadIdx.x == 0 ? flags_ | report_length_out_of_range : 0u, 0);
+    const bool valid = query_begin_ >= 0 && query_count_ >= 0 && query_begin_ + query_count_ <= a_.queries.extent[0] &&
+                       query_count_ <= a_.options.max_query_len;
+    if (!valid) flags_ |= report_length_out_of_range;
+    if (!valid || first_row_ >= query_count_ * a_.group) {
+      add_report(a_.report, threadIdx.x == 0 ? flags_ : 0u, 0);
       return false;
     }
-    if (first_row_ >= query_count_ * a_.group) return false;
     view_ = make_visibility(a_.cache, a_.options, b_, length, flags_);
     const std::int64_t context = a_.options.context_lens != nullptr ? a_.options.context_lens[b_] : length;
     for (int r = 0; r < rows; ++r)

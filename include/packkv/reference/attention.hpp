@@ -137,6 +137,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
       report.flags |= report_length_out_of_range;
       continue;
     }
+    if (count == 0) continue;
     const visibility view = make_visibility(cache, options, b, length, report.flags);
     const std::int64_t context = options.context_lens != nullptr ? options.context_lens[b] : length;
     for (std::int64_t i = 0; i < count; ++i) {

@@ -7,6 +7,7 @@
 
 #include <packkv/codec/layout.hpp>
 #include <packkv/codec/quantize.hpp>
+#include <packkv/warp/element.cuh>
 #include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
@@ -81,23 +82,18 @@ struct key_scores {
         for (int r = 0; r < Rows; ++r) score[r] = c < spec.leading ? score[r] : fmaf(storage.query[r][c], x, score[r]);
       }
     }
-    const float row =
-        half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
+    const float row = row_scale(spec, tile, token);
     for (int r = 0; r < Rows; ++r) score[r] = fmaf(score[r], row, storage.offset[r]);
     for (int c = 0; c < spec.leading; ++c) {
-      const auto x = static_cast<std::int8_t>(tile[spec.leading_offset() + c * tile_tokens + row_slot(token)]);
-      for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], static_cast<float>(x), score[r]);
+      const float x = leading_component(spec, tile, token, c);
+      for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], x, score[r]);
     }
   }
 
   __device__ static void element_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
                                         int token, float (&score)[Rows]) {
     for (int c = 0; c < HeadDim; ++c) {
-      const int at = token * HeadDim + c;
-      const float x = spec.kind == codec_kind::fp8 ? e4m3_to_float(tile[at])
-                      : spec.kind == codec_kind::float16
-                          ? half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at])
-                          : bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
+      const float x = stored_element(spec.kind, tile, token * HeadDim + c);
       for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], x, score[r]);
     }
   }

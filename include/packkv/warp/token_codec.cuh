@@ -7,6 +7,7 @@
 #include <packkv/codec/layout.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/quantize.hpp>
+#include <packkv/warp/element.cuh>
 #include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
@@ -97,23 +98,13 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
 __device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head,
                                            const std::uint8_t* tile, int token, int c) {
   using namespace packkv::detail;
-  const int at = token * spec.head_dim + c;
-  switch (spec.kind) {
-    case codec_kind::fp8:
-      return mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
-    case codec_kind::float16:
-      return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-    case codec_kind::bfloat16:
-      return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-    default:
-      break;
+  if (spec.kind != codec_kind::plan) {
+    const float x = stored_element(spec.kind, tile, token * spec.head_dim + c);
+    return spec.kind == codec_kind::fp8 ? mul_rn(x, head.tensor_scale) : x;
   }
-  const float row =
-      half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)));
-  if (c < spec.leading) {
-    const auto q = static_cast<std::int8_t>(tile[spec.leading_offset() + c * tile_tokens + row_slot(token)]);
-    return is_nan(row) ? row : mul_rn(head.leading_scale[c], static_cast<float>(q));
-  }
+  const float row = row_scale(spec, tile, token);
+  if (c < spec.leading)
+    return is_nan(row) ? row : mul_rn(head.leading_scale[c], leading_component(spec, tile, token, c));
   const code_place place = locate(spec.strips, token, c);
   if (place.width == 0) return is_nan(row) ? row : 0.0f;
   const std::uint32_t code = read_code(reinterpret_cast<const std::uint32_t*>(tile), place);

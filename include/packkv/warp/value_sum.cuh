@@ -7,6 +7,7 @@
 
 #include <packkv/codec/layout.hpp>
 #include <packkv/codec/quantize.hpp>
+#include <packkv/warp/element.cuh>
 #include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
@@ -32,10 +33,7 @@ struct value_sum {
     using namespace packkv::detail;
     float scaled[2][Rows];
     for (int j = 0; j < 2; ++j) {
-      const float row = spec.kind == codec_kind::plan
-                            ? half_to_float(*reinterpret_cast<const std::uint16_t*>(tile + spec.code_bytes() +
-                                                                                    2 * row_slot(lane_id() + 32 * j)))
-                            : 1.0f;
+      const float row = spec.kind == codec_kind::plan ? row_scale(spec, tile, lane_id() + 32 * j) : 1.0f;
       for (int r = 0; r < Rows; ++r) scaled[j][r] = weights[j][r] == 0.0f ? 0.0f : weights[j][r] * row;
     }
     add_tokens(scaled, [&](int token, int c) { return element(spec, tile, token, c); });
@@ -86,17 +84,7 @@ struct value_sum {
 
   /// A stored element before its row and column scales.
   __device__ static float element(const codec_spec& spec, const std::uint8_t* tile, int token, int c) {
-    const int at = token * HeadDim + c;
-    switch (spec.kind) {
-      case codec_kind::fp8:
-        return e4m3_to_float(tile[at]);
-      case codec_kind::float16:
-        return half_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-      case codec_kind::bfloat16:
-        return bfloat16_to_float(reinterpret_cast<const std::uint16_t*>(tile)[at]);
-      default:
-        break;
-    }
+    if (spec.kind != codec_kind::plan) return stored_element(spec.kind, tile, token * HeadDim + c);
     const code_place place = locate(spec.strips, token, c);
     if (place.width == 0) return 0.0f;
     return static_cast<float>(read_code(reinterpret_cast<const std::uint32_t*>(tile), place)) -
