@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <type_traits>
+
 #include "../support/catch.hpp"
 #include "test_cache.hpp"
 
@@ -163,4 +165,29 @@ TEST_CASE("a refused compress launches nothing") {
                      cache.gpu_table(), cache.exec())
             .code == pk::status_code::misaligned);
   CHECK((cache.device_pages.host() == before));
+}
+
+TEST_CASE("a block of compress that takes several tiles gives the reference's bytes") {
+  random_source random(91);
+  for_each_format(random, [&](const auto& format) {
+    using type = std::decay_t<decltype(format)>;
+    for (const unsigned blocks : {1u, 2u}) {
+      cache_shape shape;
+      shape.batch = shape.kv_heads = 2;
+      shape.max_tokens = 130;
+      test_cache cache(random, shape, format);
+      REQUIRE(cache.compress_reference());
+      const auto keys = cache.keys.device(), values = cache.values.device();
+      const auto params = cache.gpu_parameters();
+      const auto args = pk::detail::make_compress_args<type>(
+          keys.extent, cache.device_lengths.data(), cache.gpu_pages(), cache.gpu_table(), cache.exec());
+      constexpr int threads = pk::kernel::compress_warps * 32;
+      REQUIRE(pk::detail::launch(pk::kernel::compress<type::key_head_dim>, dim3(blocks), threads, cudaStream_t{},
+                                 pk::detail::key_side(params), args, keys));
+      REQUIRE(pk::detail::launch(pk::kernel::compress<type::value_head_dim>, dim3(blocks), threads, cudaStream_t{},
+                                 pk::detail::value_side(params), args, values));
+      CHECK((cache.device_pages.host() == cache.pages));
+      CHECK(same_report(cache.gpu_report(), cache.report));
+    }
+  });
 }

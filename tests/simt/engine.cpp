@@ -12,6 +12,7 @@
 #include <numeric>
 #include <vector>
 
+#include "race.hpp"
 #include "runtime.hpp"
 #include "symbols.hpp"
 
@@ -61,6 +62,7 @@ namespace packkv_simt {
 namespace {
 
 using detail::kind;
+namespace race = detail::race;
 
 constexpr int lanes = 32;
 constexpr int max_threads = 1024;
@@ -173,6 +175,7 @@ struct engine {
   int favourite = 0;  // order::ahead
   context host;
   fiber* current = nullptr;
+  const fiber* abandoned = nullptr;  // the one that found a race
 };
 
 engine& the_engine() {
@@ -218,12 +221,14 @@ void go_to(fiber& next, bool for_ever = false) {
   fiber& self = *e_.current;
   e_.current = &next;
   threadIdx = next.index;
+  race::switch_to(next.warp * lanes + next.lane, next.stack, next.bytes);
   switch_context(self, next, for_ever);
 }
 
 [[noreturn]] void leave_to_host() {
   fiber& self = *e_.current;
   e_.current = nullptr;
+  race::leave_kernel();
   switch_context(self, e_.host, true);
   std::abort();
 }
@@ -368,6 +373,7 @@ void try_barrier() {
       if (first == nullptr) first = &a;
       else if (!same_site(first->where, a.where)) return;  // fail_deadlock names both
     }
+  race::order_block();
   for (int w = 0; w < warps; ++w) {
     make_ready(w, e_.warps[w].at_barrier);
     e_.warps[w].at_barrier = 0;
@@ -489,8 +495,13 @@ void run_block(uint3 block) {
   e_.current = first;
   threadIdx = first->index;
   e_.host.bytes = 0;
+  race::switch_to(first->warp * lanes + first->lane, first->stack, first->bytes);
   switch_context(e_.host, *first);
   ++e_.count.blocks;
+  if (std::string what; race::take_report(what)) {
+    threadIdx = e_.abandoned->index;
+    describe_failure(*e_.abandoned, what, "");
+  }
   if (e_.failure.empty()) return;
 #if defined(PACKKV_SIMT_ASAN)
   for (fiber& f : e_.fibers)
@@ -534,6 +545,11 @@ std::string to_string(const schedule& s) {
 
 namespace detail {
 
+void abandon() {
+  e_.abandoned = e_.current;
+  leave_to_host();
+}
+
 unsigned lane() { return e_.current == nullptr ? 0 : static_cast<unsigned>(e_.current->lane); }
 
 void fail(const std::string& what, site where) {
@@ -568,6 +584,7 @@ std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int s
   for (std::uint32_t rest = complete ? mask : 0; rest != 0 && complete; rest &= rest - 1) complete = same_collective(w.at[lowest(rest)], mine);
   if (complete) {
     resolve(w, mine);
+    if (k == kind::syncwarp) race::order_lanes(self.warp, mask);
     w.meeting &= ~mask;
     make_ready(self.warp, mask);
   } else {
@@ -612,6 +629,7 @@ int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 gri
   blockDim = block;
   gridDim = grid;
   ++e_.count.launches;
+  race::begin_launch(blocks);
 
   std::vector<std::uint32_t> shuffled;
   if (e_.plan.kind == order::random && blocks <= (1u << 20)) {
@@ -625,6 +643,7 @@ int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 gri
     if (e_.plan.kind == order::ahead) b = i == 0 ? blocks - 1 : i - 1;
     if (!shuffled.empty()) b = shuffled[i];
     poison_shared();
+    race::begin_block(b, e_.threads);
     run_block({static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y)});
   }
   return cudaSuccess;

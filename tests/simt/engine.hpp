@@ -108,6 +108,18 @@ unsigned barrier(bool predicate, site where);
 /// A point where order::random may let another thread run.
 void preempt();
 
+/// A fence of device or block scope, and such a point.
+void fence(bool device);
+
+/// Around an atomic, and for what cudaMalloc gives and cudaFree takes: for the race detector.
+void begin_atomic(const void* p, std::size_t bytes);
+void end_atomic();
+void add_global(void* p, std::size_t bytes);
+void remove_global(void* p);
+
+/// Ends the launch from within an access; the race detector has the reason.
+[[noreturn]] void abandon();
+
 /// Ends the launch with an error of the running thread.
 [[noreturn]] void fail(const std::string& what, site where);
 

@@ -369,8 +369,12 @@ TEST_CASE("a missing __syncwarp shows under some schedule, and a present one und
     std::vector<int> out(192);
     packkv_simt::launch(rotate<true>, dim3(1), dim3(64), out.data());
     CHECK(out == expected);
-    packkv_simt::launch(rotate<false>, dim3(1), dim3(64), out.data());
-    wrong += out != expected ? 1 : 0;
+    try {
+      packkv_simt::launch(rotate<false>, dim3(1), dim3(64), out.data());
+      wrong += out != expected ? 1 : 0;
+    } catch (const packkv_simt::error&) {  // the race detector, in the program that has it
+      ++wrong;
+    }
   }
   CHECK(wrong > 0);
 }

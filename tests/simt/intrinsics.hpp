@@ -41,8 +41,10 @@ inline unsigned reduced(kind k, unsigned mask, unsigned x, site where) { return 
 template <class T, class Next>
 T atomically(T* p, Next next) {
   preempt();
+  begin_atomic(p, sizeof(T));
   const T old = *p;
   *p = next(old);
+  end_atomic();
   preempt();
   return old;
 }
@@ -67,9 +69,9 @@ inline int __syncthreads_and(int p, packkv_simt::site where = packkv_simt::site:
 inline void __syncwarp(unsigned mask = 0xffffffffu, packkv_simt::site where = packkv_simt::site::here()) {
   packkv_simt::detail::meet(packkv_simt::detail::kind::syncwarp, mask, 0, where);
 }
-inline void __threadfence() { packkv_simt::detail::preempt(); }
-inline void __threadfence_block() { packkv_simt::detail::preempt(); }
-inline void __threadfence_system() { packkv_simt::detail::preempt(); }
+inline void __threadfence() { packkv_simt::detail::fence(true); }
+inline void __threadfence_block() { packkv_simt::detail::fence(false); }
+inline void __threadfence_system() { packkv_simt::detail::fence(true); }
 
 // ------------------------------------------------------------------------------------------------------------ shuffles
 template <class T>

@@ -64,6 +64,7 @@ inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
   if (bytes == 0) return cudaSuccess;
   if (::posix_memalign(p, 256, bytes) != 0) return cudaErrorMemoryAllocation;
   std::memset(*p, 0xff, bytes);
+  packkv_simt::detail::add_global(*p, bytes);
   return cudaSuccess;
 }
 template <class T>
@@ -73,7 +74,10 @@ cudaError_t cudaMalloc(T** p, std::size_t bytes) {
   *p = static_cast<T*>(raw);
   return error;
 }
-inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
+inline cudaError_t cudaFree(void* p) {
+  packkv_simt::detail::remove_global(p);
+  return std::free(p), cudaSuccess;
+}
 template <class T>
 cudaError_t cudaMallocHost(T** p, std::size_t bytes) { return cudaMalloc(p, bytes); }
 inline cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
