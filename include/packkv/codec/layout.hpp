@@ -91,7 +91,7 @@ PACKKV_HOST_DEVICE constexpr bit_field value_field(int bits, std::int32_t base, 
 
 /// Place of the code of (token 0..63, channel 0..head_dim-1).
 PACKKV_HOST_DEVICE constexpr code_place locate(const strip_layout& strips, int token, int channel) {
-  const int strip = channel >> (strips.channels == 32 ? 5 : 4);
+  const int strip = channel / strips.channels;
   const int width = strips.width[strip];
   const int low_bits = width == 3 ? 2 : width;
   code_place place{width, {0, 0}, {0, 0}};

@@ -23,11 +23,9 @@ PACKKV_HOST_DEVICE constexpr bool is_head_dim(int d) {
   return d == 64 || d == 96 || d == 128 || d == 192 || d == 256 || d == 512;
 }
 
-inline constexpr int value_strip_channels = 16;  ///< channels of a V strip
-
 /// Channels of one strip: K 32, or 16 at head dim 64; V 16.
 PACKKV_HOST_DEVICE constexpr int strip_channels(side which, int head_dim) {
-  return which == side::key && head_dim != 64 ? 32 : value_strip_channels;
+  return which == side::key && head_dim != 64 ? 32 : 16;
 }
 
 /// Widths of the strips of a tile, in order of channels.

@@ -12,7 +12,6 @@
 #include <cuda_runtime.h>
 #endif
 
-#include <packkv/core/float_formats.hpp>
 #include <packkv/core/status.hpp>
 
 namespace packkv::detail {
@@ -20,8 +19,8 @@ namespace packkv::detail {
 inline constexpr int warp_threads = 32;
 inline constexpr unsigned all_lanes = 0xffffffffu;
 
-__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32u); }
-__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32u); }
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % warp_threads; }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / warp_threads; }
 
 /// All 32 lanes take part. Results are the same in every lane where the operation is commutative.
 template <class T>
@@ -49,19 +48,7 @@ struct alignas(16) bytes16 {
   std::uint32_t word[4];
 };
 
-/// Half to float in one instruction. The sign and payload of a NaN are the machine's choice.
-__device__ inline float half_to_float_fast(std::uint16_t bits) {
-#if defined(PACKKV_SIMT_EXECUTOR)
-  return half_to_float(bits);
-#else
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-#endif
-}
-
-/// 16-byte load and store; addresses are multiples of 16.
-__device__ inline bytes16 load16(const void* p) { return *static_cast<const bytes16*>(p); }
+/// 16-byte store; the address is a multiple of 16.
 __device__ inline void store16(void* p, const bytes16& x) { *static_cast<bytes16*>(p) = x; }
 
 /// A load that sees what other blocks wrote in this launch.

@@ -50,8 +50,7 @@ struct gemv_block {
 
 /// scores[b, h, t] for every t < length; tokens without a page give -inf.
 template <int HeadDim>
-__global__ void __launch_bounds__(policy::decode_warps * 32, policy::decode_blocks_per_sm(HeadDim))
-    key_gemv(const __grid_constant__ gemv_args a) {
+__global__ void __launch_bounds__(policy::decode_warps * 32) key_gemv(const __grid_constant__ gemv_args a) {
   using namespace packkv::detail;
   constexpr int rows = policy::decode_rows, warps = policy::decode_warps;
   using scores_type = warp::key_scores<HeadDim, rows>;
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32, policy::decode_bloc
 
 /// out[b, h, :] = sum over t < length of weights[b, h, t] * v^[b, t, :].
 template <int HeadDim>
-__global__ void __launch_bounds__(policy::decode_warps * 32, policy::decode_blocks_per_sm(HeadDim))
-    value_gemv(const __grid_constant__ gemv_args a) {
+__global__ void __launch_bounds__(policy::decode_warps * 32) value_gemv(const __grid_constant__ gemv_args a) {
   using namespace packkv::detail;
   constexpr int rows = policy::decode_rows, warps = policy::decode_warps;
   using merge_type = block::row_merge<HeadDim, rows>;

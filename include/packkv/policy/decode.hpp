@@ -13,8 +13,6 @@ inline constexpr int decode_rows = 4;   ///< query rows (query token x query hea
 /// Blocks to aim for when a call leaves `splits` to us: eight for each of an H200's 132 SMs.
 /// Not tuned: this version's kernels are bound by instructions, not by memory.
 inline constexpr std::int64_t decode_blocks = 1056;
-/// Blocks of one SM that the compiler leaves registers for.
-constexpr int decode_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 3 : head_dim <= 256 ? 2 : 1; }
 inline constexpr std::int64_t min_tiles_per_split = 4;  ///< one tile for each warp
 
 /// How a decode call is cut into blocks. Printable, and a pure function of maxima that the host knows.

@@ -15,10 +15,9 @@ namespace packkv::warp {
 /// Scores of `Rows` queries against tiles of one KV head. HeadDim is D_k.
 template <int HeadDim, int Rows>
 struct key_scores {
-  /// Shared by all warps of a block: Rows * (HeadDim + max_leading + 1) * 4 bytes.
+  /// Shared by all warps of a block: Rows * (HeadDim + 1) * 4 bytes.
   struct temp_storage {
-    alignas(16) float query[HeadDim][Rows];  ///< 0 where the channel is a leading component
-    float leading[max_leading][Rows];
+    float query[Rows][HeadDim];
     float offset[Rows];  ///< query . channel_offset, part of every score
   };
 
@@ -41,9 +40,7 @@ struct key_scores {
       if (detail::lane_id() == 0) storage.offset[row] = offset;
       for (int i = 0; i < HeadDim / 32; ++i) {
         const int c = detail::lane_id() + 32 * i;
-        const float folded = q[i] * column(spec, head, c);
-        storage.query[c][row] = c < spec.leading ? 0.0f : folded;
-        if (i == 0 && c < spec.leading) storage.leading[c][row] = folded;
+        storage.query[row][c] = q[i] * column(spec, head, c);
       }
     }
   }
@@ -51,15 +48,14 @@ struct key_scores {
   /// scores[j][r] = query r . key of token lane + 32 * j. Slots that hold no token give arbitrary values, NaN included.
   __device__ static void compute(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
                                  float (&scores)[2][Rows]) {
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < 2; ++j) {
       for (int r = 0; r < Rows; ++r) scores[j][r] = 0.0f;
-    if (spec.kind == codec_kind::plan)
-      plan_scores(storage, spec, tile, scores);
-    else
-      for (int j = 0; j < 2; ++j)
-        for_each_element<HeadDim>(spec.kind, tile, detail::lane_id() + 32 * j, [&](int c, float x) {
-          for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(storage.query[c][r], x, scores[j][r]);
-        });
+      const int token = detail::lane_id() + 32 * j;
+      if (spec.kind == codec_kind::plan)
+        plan_scores(storage, spec, tile, token, scores[j]);
+      else
+        element_scores(storage, spec, tile, token, scores[j]);
+    }
   }
 
  private:
@@ -71,57 +67,34 @@ struct key_scores {
                             : detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
   }
 
-  /// Adds query . (scale * field - centre) of one plane of a strip: `Bits` bits of each code.
-  template <int Bits, int Channels>
-  __device__ static void add_plane(const temp_storage& storage, const std::uint32_t* plane, int first, float scale,
-                                   float centre, float (&scores)[2][Rows]) {
-#pragma unroll 8
-    for (int c = 0; c < Channels; ++c)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const bit_field at = detail::key_field(Bits, 0, Channels, detail::lane_id() + 32 * j, c);
-        const float code = static_cast<float>((plane[at.word] >> at.bit) & ((1u << Bits) - 1));
-        const float x = fmaf(code, scale, -centre);
-        for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(storage.query[first + c][r], x, scores[j][r]);
+  __device__ static void plan_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
+                                     int token, float (&score)[Rows]) {
+    using namespace packkv::detail;
+    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
+    for (int strip = 0; strip < spec.strips.count; ++strip) {
+      const int width = spec.strips.width[strip];
+      if (width == 0) break;  // widest first: nothing follows
+      const float centre = code_centre(width);
+      const int first = strip * spec.strips.channels;
+#pragma unroll 4
+      for (int c = first; c < first + spec.strips.channels; ++c) {
+        const float x = static_cast<float>(read_code(words, locate(spec.strips, token, c))) - centre;
+        for (int r = 0; r < Rows; ++r) score[r] = c < spec.leading ? score[r] : fmaf(storage.query[r][c], x, score[r]);
       }
-  }
-
-  template <int Channels>
-  __device__ static void add_strip(const temp_storage& storage, const codec_spec& spec, const std::uint32_t* words,
-                                   int strip, float (&scores)[2][Rows]) {
-    const int first = strip * Channels;
-    const std::uint32_t* low = words + spec.strips.low[strip];
-    const float centre = detail::code_centre(spec.strips.width[strip]);
-    switch (spec.strips.width[strip]) {
-      case 8:
-        return add_plane<8, Channels>(storage, low, first, 1.0f, centre, scores);
-      case 4:
-        return add_plane<4, Channels>(storage, low, first, 1.0f, centre, scores);
-      case 3:
-        add_plane<1, Channels>(storage, words + spec.strips.high[strip], first, 4.0f, 0.0f, scores);
-        [[fallthrough]];
-      case 2:
-        return add_plane<2, Channels>(storage, low, first, 1.0f, centre, scores);
-      case 1:
-        return add_plane<1, Channels>(storage, low, first, 1.0f, centre, scores);
-      default:
-        return;
+    }
+    const float row = row_scale(spec, tile, token);
+    for (int r = 0; r < Rows; ++r) score[r] = fmaf(score[r], row, storage.offset[r]);
+    for (int c = 0; c < spec.leading; ++c) {
+      const float x = leading_component(spec, tile, token, c);
+      for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], x, score[r]);
     }
   }
 
-  __device__ static void plan_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
-                                     float (&scores)[2][Rows]) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
-    for (int strip = 0; strip < spec.strips.count; ++strip)
-      add_strip<strip_channels(side::key, HeadDim)>(storage, spec, words, strip, scores);
-    for (int j = 0; j < 2; ++j) {
-      const int token = detail::lane_id() + 32 * j;
-      const float row = row_scale(spec, tile, token);
-      for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(scores[j][r], row, storage.offset[r]);
-      for (int c = 0; c < spec.leading; ++c) {
-        const float x = leading_component(spec, tile, token, c);
-        for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(storage.leading[c][r], x, scores[j][r]);
-      }
+  __device__ static void element_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
+                                        int token, float (&score)[Rows]) {
+    for (int c = 0; c < HeadDim; ++c) {
+      const float x = stored_element(spec.kind, tile, token * HeadDim + c);
+      for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], x, score[r]);
     }
   }
 };
@@ -141,7 +114,7 @@ struct raw_key_scores {
       if (k == nullptr) continue;
       for (int c = 0; c < HeadDim; ++c) {
         const float x = detail::load_element(k + c * channel_stride, type);
-        for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(storage.query[c][r], x, scores[j][r]);
+        for (int r = 0; r < Rows; ++r) scores[j][r] = fmaf(storage.query[r][c], x, scores[j][r]);
       }
     }
   }

@@ -99,9 +99,8 @@ __device__ inline float decode_transformed(const codec_spec& spec, const head_pa
                                            const std::uint8_t* tile, int token, int c) {
   using namespace packkv::detail;
   if (spec.kind != codec_kind::plan) {
-    const int at = token * spec.head_dim + c;
-    if (spec.kind == codec_kind::fp8) return mul_rn(e4m3_to_float(tile[at]), head.tensor_scale);
-    return load_element(tile + 2 * at, spec.kind == codec_kind::float16 ? dtype::float16 : dtype::bfloat16);
+    const float x = stored_element(spec.kind, tile, token * spec.head_dim + c);
+    return spec.kind == codec_kind::fp8 ? mul_rn(x, head.tensor_scale) : x;
   }
   const float row = row_scale(spec, tile, token);
   if (c < spec.leading)

@@ -36,35 +36,16 @@ struct value_sum {
       const float row = spec.kind == codec_kind::plan ? row_scale(spec, tile, lane_id() + 32 * j) : 1.0f;
       for (int r = 0; r < Rows; ++r) scaled[j][r] = weights[j][r] == 0.0f ? 0.0f : weights[j][r] * row;
     }
-    if (spec.kind == codec_kind::plan)
-      add_codes(spec, reinterpret_cast<const std::uint32_t*>(tile), scaled);
-    else if (spec.kind == codec_kind::fp8)
-      add_elements<codec_kind::fp8>(tile, scaled);
-    else if (spec.kind == codec_kind::float16)
-      add_elements<codec_kind::float16>(tile, scaled);
-    else
-      add_elements<codec_kind::bfloat16>(tile, scaled);
+    add_tokens(scaled, [&](int token, int c) { return element(spec, tile, token, c); });
   }
 
   /// Adds up to 64 tokens that lie in 16 bits outside the tiles; value(token) is the address of a token's channels.
   template <class ValueAddress>
   __device__ void add_raw(ValueAddress&& value, std::int64_t channel_stride, dtype type,
                           const float (&weights)[2][Rows]) {
-    for (int j = 0; j < 2; ++j)
-      for (int lane = 0; lane < detail::warp_threads; ++lane) {
-        float w[Rows];
-        bool used = false;
-        for (int r = 0; r < Rows; ++r) {
-          w[r] = detail::shuffle(weights[j][r], lane);
-          used = used || w[r] != 0.0f;
-        }
-        if (!used) continue;  // the same in all lanes; the token may have no address
-        const char* token = static_cast<const char*>(value(lane + 32 * j));
-        for (int i = 0; i < HeadDim / 32; ++i) {
-          const float x = detail::load_element(token + (detail::lane_id() + 32 * i) * channel_stride, type);
-          for (int r = 0; r < Rows; ++r) channel[r][i] = w[r] != 0.0f ? fmaf(w[r], x, channel[r][i]) : channel[r][i];
-        }
-      }
+    add_tokens(weights, [&](int token, int c) {
+      return detail::load_element(static_cast<const char*>(value(token)) + c * channel_stride, type);
+    });
   }
 
   /// Applies columns, inverse basis and offset to one row of sums `y` (lane l: channels l, l + 32, ...) whose weights
@@ -83,71 +64,31 @@ struct value_sum {
   }
 
  private:
-  /// Adds weight * (scale * field - centre) of one plane of register i's strip for 8 tokens from `first` on.
-  template <int Bits>
-  __device__ void add_plane(const std::uint32_t* plane, int first, int i, float scale, float centre,
-                            const float (&weights)[8][Rows]) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const bit_field at = detail::value_field(Bits, 0, first + k, detail::lane_id() % value_strip_channels);
-      const float code = static_cast<float>((plane[at.word] >> at.bit) & ((1u << Bits) - 1));
-      const float x = fmaf(code, scale, -centre);
-      for (int r = 0; r < Rows; ++r) channel[r][i] = fmaf(weights[k][r], x, channel[r][i]);
-    }
-  }
-
-  /// Elements of unused slots may be NaN, so a weight of 0 selects.
-  template <codec_kind Kind>
-  __device__ void add_elements(const std::uint8_t* tile, const float (&scaled)[2][Rows]) {
-#pragma unroll
-    for (int first = 0; first < tile_tokens; first += 8) {
-      float weights[8][Rows];
-      for (int k = 0; k < 8; ++k)
-        for (int r = 0; r < Rows; ++r) weights[k][r] = detail::shuffle(scaled[first / 32][r], first % 32 + k);
-#pragma unroll
-      for (int i = 0; i < HeadDim / 32; ++i)
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const float x = stored_element(Kind, tile, (first + k) * HeadDim + detail::lane_id() + 32 * i);
-          for (int r = 0; r < Rows; ++r)
-            channel[r][i] = weights[k][r] != 0.0f ? fmaf(weights[k][r], x, channel[r][i]) : channel[r][i];
+  template <class Element>
+  __device__ void add_tokens(const float (&weights)[2][Rows], Element&& element_of) {
+    for (int j = 0; j < 2; ++j)
+      for (int lane = 0; lane < detail::warp_threads; ++lane) {
+        float w[Rows];
+        bool used = false;
+        for (int r = 0; r < Rows; ++r) {
+          w[r] = detail::shuffle(weights[j][r], lane);
+          used = used || w[r] != 0.0f;
         }
-    }
-  }
-
-  /// Codes are finite whatever their slot holds, so a weight of 0 needs no selection here.
-  __device__ void add_codes(const codec_spec& spec, const std::uint32_t* words, const float (&scaled)[2][Rows]) {
-#pragma unroll
-    for (int first = 0; first < tile_tokens; first += 8) {
-      float weights[8][Rows];
-      for (int k = 0; k < 8; ++k)
-        for (int r = 0; r < Rows; ++r) weights[k][r] = detail::shuffle(scaled[first / 32][r], first % 32 + k);
-#pragma unroll
-      for (int i = 0; i < HeadDim / 32; ++i) {
-        const int strip = 2 * i + detail::lane_id() / value_strip_channels;
-        const std::uint32_t* low = words + spec.strips.low[strip];
-        const float centre = detail::code_centre(spec.strips.width[strip]);
-        switch (spec.strips.width[strip]) {
-          case 8:
-            add_plane<8>(low, first, i, 1.0f, centre, weights);
-            break;
-          case 4:
-            add_plane<4>(low, first, i, 1.0f, centre, weights);
-            break;
-          case 3:
-            add_plane<1>(words + spec.strips.high[strip], first, i, 4.0f, 0.0f, weights);
-            [[fallthrough]];
-          case 2:
-            add_plane<2>(low, first, i, 1.0f, centre, weights);
-            break;
-          case 1:
-            add_plane<1>(low, first, i, 1.0f, centre, weights);
-            break;
-          default:
-            break;
+        if (!used) continue;  // the same in all lanes
+        for (int i = 0; i < HeadDim / 32; ++i) {
+          const float x = element_of(lane + 32 * j, detail::lane_id() + 32 * i);
+          for (int r = 0; r < Rows; ++r) channel[r][i] = w[r] != 0.0f ? fmaf(w[r], x, channel[r][i]) : channel[r][i];
         }
       }
-    }
+  }
+
+  /// A stored element before its row and column scales.
+  __device__ static float element(const codec_spec& spec, const std::uint8_t* tile, int token, int c) {
+    if (spec.kind != codec_kind::plan) return stored_element(spec.kind, tile, token * HeadDim + c);
+    const code_place place = locate(spec.strips, token, c);
+    if (place.width == 0) return 0.0f;
+    return static_cast<float>(read_code(reinterpret_cast<const std::uint32_t*>(tile), place)) -
+           detail::code_centre(place.width);
   }
 };
 
