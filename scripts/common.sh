@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
 # Sourced by the other scripts: packages, and nothing else.
 
 # need COMMAND|FILE=PACKAGE...: installs with apt-get the packages whose command (or absolute file) is missing. Where that

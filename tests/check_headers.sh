@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # check_headers.sh COMPILER INCLUDE_DIR STANDARD...: every .hpp alone, syntax only, warnings are errors.
 set -euo pipefail
 compiler=$1 include_dir=$2
