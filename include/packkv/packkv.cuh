@@ -10,9 +10,11 @@
 #include <packkv/device/decode_attention.cuh>
 #include <packkv/device/exec.cuh>
 #include <packkv/device/gemv.cuh>
+#include <packkv/thread/unpack.cuh>
 #include <packkv/warp/element.cuh>
 #include <packkv/warp/key_scores.cuh>
 #include <packkv/warp/online_softmax.cuh>
+#include <packkv/warp/tile_ring.cuh>
 #include <packkv/warp/token_codec.cuh>
 #include <packkv/warp/transform.cuh>
 #include <packkv/warp/value_sum.cuh>

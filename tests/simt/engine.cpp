@@ -12,9 +12,10 @@
 #include <numeric>
 #include <vector>
 
+#include "async.hpp"
 #include "race.hpp"
 #include "runtime.hpp"
-#include "symbols.hpp"
+#include "scheduler.hpp"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -73,6 +74,7 @@ constexpr std::size_t stack_bytes = 512 * 1024;
 constexpr std::size_t stack_bytes = 128 * 1024;
 #endif
 constexpr std::size_t guard_bytes = 4096;
+constexpr std::size_t max_shared_bytes = 227 * 1024;  // of a block on sm_90
 
 /// SplitMix64.
 std::uint64_t next_random(std::uint64_t& state) {
@@ -107,7 +109,9 @@ const char* name_of(kind k) {
     case kind::reduce_or: return "__reduce_or_sync";
     case kind::reduce_and: return "__reduce_and_sync";
     case kind::reduce_xor: return "__reduce_xor_sync";
+    case kind::together: return "a matrix instruction";
     case kind::syncthreads: return "__syncthreads";
+    case kind::phase: return "mbarrier.try_wait";
   }
   return "nothing";
 }
@@ -128,8 +132,13 @@ struct arrival {
   std::uint32_t mask;
   site where;
   int source;
+  void (*combine)(void* const*) = nullptr;  // of kind::together, and its name
+  const char* name = nullptr;
 };
-bool same_collective(const arrival& a, const arrival& b) { return a.what == b.what && a.mask == b.mask && same_site(a.where, b.where); }
+bool same_collective(const arrival& a, const arrival& b) {
+  return a.what == b.what && a.mask == b.mask && a.combine == b.combine && same_site(a.where, b.where);
+}
+const char* name_of(const arrival& a) { return a.name != nullptr ? a.name : name_of(a.what); }
 
 /// A stack and what it takes to go on with it.
 struct context {
@@ -149,7 +158,8 @@ struct fiber : context {
 };
 
 struct warp_state {
-  std::uint32_t live, ready, meeting, at_barrier;  // lanes: not exited; can run; wait in a warp collective; in __syncthreads
+  // Lanes: not exited; can run; wait in a warp collective; in __syncthreads; for a phase of an mbarrier.
+  std::uint32_t live, ready, meeting, at_barrier, asleep;
   arrival at[lanes];
   std::uint64_t in[lanes], out[lanes];
 };
@@ -165,6 +175,8 @@ struct engine {
   void* argument = nullptr;
   std::string failure;
   std::uint64_t random = 0;
+  unsigned char* shared_arena = nullptr;  // dynamic shared memory ends where an unmapped page begins
+  detail::memory_range shared{nullptr, 0};
 
   // The block.
   std::vector<fiber> fibers;  // as many as the largest block so far
@@ -309,9 +321,10 @@ std::string where_is(int warp, int lane) {
   const std::string who = "lane " + std::to_string(lane);
   if (warp * lanes + lane >= e_.threads) return who + " does not exist";
   if ((w.live >> lane & 1u) == 0) return who + " has exited";
-  if (((w.meeting | w.at_barrier) >> lane & 1u) == 0) return who + " has not arrived";
+  if (((w.meeting | w.at_barrier | w.asleep) >> lane & 1u) == 0) return who + " has not arrived";
   const arrival& a = w.at[lane];
-  return who + " waits at " + name_of(a.what) + (a.what == kind::syncthreads ? "" : " (mask " + text_of_mask(a.mask) + ")") + " at " + text_of(a.where);
+  if (a.what == kind::phase) return who + " waits at " + text_of(a.where) + " for a " + detail::async::describe(warp * lanes + lane);
+  return who + " waits at " + name_of(a) + (a.what == kind::syncthreads ? "" : " (mask " + text_of_mask(a.mask) + ")") + " at " + text_of(a.where);
 }
 
 /// Leaves the running thread once e_.failure says why; thread_main catches it.
@@ -334,7 +347,7 @@ void describe_failure(const fiber& f, const std::string& what, const std::string
     if (const std::uint32_t meeting = e_.warps[w].meeting) {
       const int l = lowest(meeting);
       const arrival& a = e_.warps[w].at[l];
-      std::string what = std::string("deadlock: ") + name_of(a.what) + " (mask " + text_of_mask(a.mask) + ") waits for ever:";
+      std::string what = std::string("deadlock: ") + name_of(a) + " (mask " + text_of_mask(a.mask) + ") waits for ever:";
       int shown = 0;
       for (int other = 0; other < lanes; ++other) {
         const bool here = (meeting >> other & 1u) != 0 && same_collective(e_.warps[w].at[other], a);
@@ -342,6 +355,9 @@ void describe_failure(const fiber& f, const std::string& what, const std::string
       }
       fail_thread(fiber_at(w, l), what, a.where);
     }
+  for (int w = 0; w < warps; ++w)
+    if (const std::uint32_t asleep = e_.warps[w].asleep)
+      fail_thread(fiber_at(w, lowest(asleep)), "deadlock: " + where_is(w, lowest(asleep)), e_.warps[w].at[lowest(asleep)].where);
   // All wait at __syncthreads, so they came to different ones (or it would have opened).
   const fiber* first = nullptr;
   for (int w = 0; w < warps; ++w)
@@ -355,9 +371,17 @@ void describe_failure(const fiber& f, const std::string& what, const std::string
   std::abort();
 }
 
+/// The thread that runs next; copies land until there is one. Null if there never will be.
+fiber* choose_or_land() {
+  fiber* next = choose();
+  while (next == nullptr && detail::async::land_one()) next = choose();
+  return next;
+}
+
 /// Lets the schedule choose; returns when the running thread is chosen again.
 void yield() {
-  fiber* next = choose();
+  detail::async::perhaps_land();
+  fiber* next = choose_or_land();
   if (next == nullptr) fail_deadlock();
   if (next != e_.current) go_to(*next);
 }
@@ -398,7 +422,16 @@ void resolve(warp_state& w, const arrival& a) {
   switch (a.what) {
     case kind::none:
     case kind::syncwarp:
-    case kind::syncthreads: break;
+    case kind::syncthreads:
+    case kind::phase: break;
+    case kind::together: {
+      void* operands[lanes];
+      for (int l = 0; l < lanes; ++l) operands[l] = reinterpret_cast<void*>(static_cast<std::uintptr_t>(w.in[l]));
+      race::pause(true);
+      a.combine(operands);
+      race::pause(false);
+      break;
+    }
     case kind::shfl:
     case kind::shfl_up:
     case kind::shfl_down:
@@ -427,12 +460,14 @@ void resolve(warp_state& w, const arrival& a) {
 
 /// The running thread has come to its end; returns who runs next, or null if it was the last of its block.
 fiber* retire() {
+  detail::async::end_thread();
   fiber& self = *e_.current;
   make_waiting(self);
   e_.warps[self.warp].live &= ~(1u << self.lane);
   --e_.live;
   try_barrier();
-  fiber* next = choose();
+  if (e_.live == 0) e_.failure = detail::async::end_block();
+  fiber* next = e_.live == 0 ? nullptr : choose_or_land();
   if (next == nullptr && e_.live > 0) fail_deadlock();
   return next;
 }
@@ -443,6 +478,7 @@ void thread_main() {
   try {
     e_.thread(e_.argument);
     next = retire();
+    if (!e_.failure.empty()) describe_failure(*e_.current, e_.failure, "");
   } catch (const stop&) {
   } catch (const std::exception& x) {
     describe_failure(*e_.current, std::string("the kernel threw: ") + x.what(), "");
@@ -459,13 +495,34 @@ void thread_main() {
 /// "false", so the byte depends on the schedule. Not instrumented: sizes in the symbol table may include
 /// AddressSanitizer's red zones.
 __attribute__((no_sanitize("address"), noinline)) void poison_shared() {
-  unsigned char byte = e_.plan.kind == order::reverse ? 0x00 : 0xff;
-  if (e_.plan.kind == order::random) byte = (next_random(e_.random) & 1u) != 0 ? 0xff : 0x00;
-  for (const detail::memory_range& r : detail::shared_variables())
+  const unsigned char byte = detail::garbage();
+  const auto fill = [&](const detail::memory_range& r) {
     for (std::size_t i = 0; i < r.bytes; ++i) {
       r.begin[i] = byte;
       __asm__ volatile("" ::: "memory");
     }
+  };
+  for (const detail::memory_range& r : detail::shared_variables()) fill(r);
+  fill(e_.shared);
+}
+
+/// Dynamic shared memory of the launch: its last byte (rounded up to the alignment) is the last of a page, and
+/// AddressSanitizer and the race detector know its exact bounds.
+void place_shared(std::size_t bytes) {
+  constexpr std::size_t alignment = 128, arena = 256 * 1024;
+  if (e_.shared_arena == nullptr) {
+    void* memory = mmap(nullptr, arena + 2 * guard_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    e_.shared_arena = static_cast<unsigned char*>(memory) + guard_bytes;
+    if (mprotect(e_.shared_arena, arena, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  }
+  e_.shared = {e_.shared_arena + arena - (bytes + alignment - 1) / alignment * alignment, bytes};
+  race::dynamic_shared(e_.shared_arena, arena, e_.shared);
+#if defined(PACKKV_SIMT_ASAN)
+  __asan_poison_memory_region(e_.shared_arena, arena);
+  __asan_unpoison_memory_region(e_.shared.begin, e_.shared.bytes);
+  for (const detail::memory_range& r : detail::shared_guards()) __asan_poison_memory_region(r.begin, r.bytes);
+#endif
 }
 
 void run_block(uint3 block) {
@@ -478,7 +535,7 @@ void run_block(uint3 block) {
   for (int w = 0; w < warps; ++w) {
     const int count = std::min(lanes, e_.threads - w * lanes);
     e_.warps[w].live = count == lanes ? 0xffffffffu : (1u << count) - 1;
-    e_.warps[w].ready = e_.warps[w].meeting = e_.warps[w].at_barrier = 0;
+    e_.warps[w].ready = e_.warps[w].meeting = e_.warps[w].at_barrier = e_.warps[w].asleep = 0;
     make_ready(w, e_.warps[w].live);
   }
   const auto bx = blockDim.x, by = blockDim.y;
@@ -490,6 +547,7 @@ void run_block(uint3 block) {
     f.lane = i % lanes;
     prepare(f, i);
   }
+  detail::async::begin_block();
   e_.favourite = e_.plan.warp % warps;
   fiber* first = choose();
   e_.current = first;
@@ -557,19 +615,55 @@ void fail(const std::string& what, site where) {
   fail_thread(*e_.current, what, where);
 }
 
+int running() { return e_.current == nullptr ? -1 : e_.current->warp * lanes + e_.current->lane; }
+
+void sleep(site where) {
+  fiber& self = *e_.current;
+  warp_state& w = e_.warps[self.warp];
+  w.at[self.lane] = {kind::phase, 0xffffffffu, where, 0};
+  w.asleep |= 1u << self.lane;
+  make_waiting(self);
+  yield();
+}
+
+void wake(int thread) {
+  e_.warps[thread / lanes].asleep &= ~(1u << thread % lanes);
+  make_ready(thread / lanes, 1u << thread % lanes);
+}
+
+std::uint64_t draw() { return next_random(e_.random); }
+
+unsigned char garbage() {
+  if (e_.plan.kind == order::random) return (next_random(e_.random) & 1u) != 0 ? 0xff : 0x00;
+  return e_.plan.kind == order::reverse ? 0x00 : 0xff;
+}
+
+memory_range dynamic_range() { return e_.shared; }
+
+void* dynamic_shared() { return e_.shared.begin; }
+
+void check_aligned(const void* p, std::size_t bytes, site where) {
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
+    fail("an access of " + std::to_string(bytes) + " bytes to an address that is not a multiple of it", where);
+}
+
 void preempt() {
   if (e_.current == nullptr || e_.plan.kind != order::random) return;
   if ((next_random(e_.random) & 7u) == 0) yield();
 }
 
-std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int source) {
-  if (e_.current == nullptr) fail(std::string(name_of(k)) + " by the host", where);
+namespace {
+
+std::uint64_t meet(const arrival& mine, std::uint64_t value) {
+  const auto& [k, mask, where, source, combine, name] = mine;
+  if (e_.current == nullptr) fail(std::string(name_of(mine)) + " by the host", where);
   fiber& self = *e_.current;
   warp_state& w = e_.warps[self.warp];
   const int lane = self.lane;
   const std::uint32_t bit = 1u << lane;
-  const arrival mine{k, mask, where, source};
-  const auto refuse = [&](const std::string& why) { fail_thread(self, std::string(name_of(k)) + " (mask " + text_of_mask(mask) + "): " + why, where); };
+  const auto refuse = [&](const std::string& why) {
+    fail_thread(self, std::string(name_of(mine)) + " (mask " + text_of_mask(mine.mask) + "): " + why, mine.where);
+  };
   if ((mask & bit) == 0) refuse("the mask does not name the calling lane");
   if ((mask & ~w.live) != 0) refuse("the mask names a lane that will not come: " + where_is(self.warp, lowest(mask & ~w.live)));
   if ((mask & w.at_barrier) != 0) refuse("the mask names a lane that will not come: " + where_is(self.warp, lowest(mask & w.at_barrier)));
@@ -594,6 +688,16 @@ std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int s
   return w.out[lane];
 }
 
+}  // namespace
+
+std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int source) {
+  return meet(arrival{k, mask, where, source}, value);
+}
+
+void meet_all(void* operand, void (*combine)(void* const*), const char* name, site where) {
+  meet(arrival{kind::together, 0xffffffffu, where, 0, combine, name}, reinterpret_cast<std::uintptr_t>(operand));
+}
+
 unsigned barrier(bool predicate, site where) {
   if (e_.current == nullptr) fail("__syncthreads by the host", where);
   fiber& self = *e_.current;
@@ -608,7 +712,7 @@ unsigned barrier(bool predicate, site where) {
   return e_.barrier_result;
 }
 
-int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 grid, dim3 block) {
+int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 grid, dim3 block, std::size_t shared_bytes) {
   thread_local bool launching = false;
   if (launching) fail("a launch from within a kernel", {"(unknown)", 0});
   const std::lock_guard<std::mutex> lock(e_.busy);
@@ -621,6 +725,7 @@ int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 gri
   if (threads == 0 || threads > max_threads || block.x > max_threads || block.y > max_threads || block.z > 64 || blocks == 0 ||
       grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
+  if (shared_bytes > max_shared_bytes) return cudaErrorInvalidValue;
   e_.kernel = kernel;
   e_.thread = thread;
   e_.argument = argument;
@@ -630,6 +735,7 @@ int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 gri
   gridDim = grid;
   ++e_.count.launches;
   race::begin_launch(blocks);
+  place_shared(shared_bytes);
 
   std::vector<std::uint32_t> shuffled;
   if (e_.plan.kind == order::random && blocks <= (1u << 20)) {

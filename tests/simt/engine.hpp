@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The executor: CUDA's execution-space keywords, thread coordinates, schedules, launches and the two primitives that
-// all collectives are made of: a meeting of lanes of a warp and a barrier of a block.
+// The executor: CUDA's execution-space keywords, thread coordinates, schedules, launches and the primitives that all
+// collectives are made of: a meeting of lanes of a warp and a barrier of a block. Copies beside the threads: async.hpp.
 #pragma once
 
 #include <cstddef>
@@ -9,17 +9,22 @@
 #include <string>
 #include <tuple>
 
-// __shared__ variables are function statics: blocks run one after another, and the executor overwrites those that stand
-// in functions of namespace packkv or packkv_test before each block, with 0xff bytes, 0x00 bytes (order::reverse) or
-// either (order::random). "used" keeps them as they are declared. `extern __shared__` is not supported. AddressSanitizer
-// puts no red zones around those of templates; UBSan checks the bounds of arrays that are indexed directly.
+// __shared__ variables are function statics: blocks run one after another, and the executor overwrites them before each
+// block, with 0xff bytes, 0x00 bytes (order::reverse) or
+// either (order::random). "used" keeps them as they are declared. Each declaration comes with a guard, so that two
+// variables are never neighbours: the race detector and AddressSanitizer see an access to it. `extern __shared__` is
+// not supported; detail::dynamic_shared() is.
 #define __global__
 #define __device__
 #define __host__
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline
-#define __shared__ static __attribute__((used))
+#define PACKKV_SIMT_JOINED(a, b) a##b
+#define PACKKV_SIMT_GUARD(n) PACKKV_SIMT_JOINED(packkv_simt_guard_, n)
+#define __shared__ \
+  static __attribute__((used)) char PACKKV_SIMT_GUARD(__COUNTER__)[64]; \
+  static __attribute__((used))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -92,7 +97,7 @@ namespace detail {
 
 enum class kind : std::uint8_t {
   none, syncwarp, shfl, shfl_up, shfl_down, shfl_xor, vote, match,
-  reduce_add, reduce_min, reduce_max, reduce_or, reduce_and, reduce_xor, syncthreads
+  reduce_add, reduce_min, reduce_max, reduce_or, reduce_and, reduce_xor, together, syncthreads, phase
 };
 
 /// Lane of the running thread.
@@ -101,6 +106,10 @@ unsigned lane();
 /// Waits for all lanes of `mask`, then returns: shuffles the value that lane `source` brought; votes the ballot of the
 /// lanes with a value other than 0; match the lanes with the same value; reductions the result in 32-bit unsigned.
 std::uint64_t meet(kind k, unsigned mask, std::uint64_t value, site where, int source = 0);
+
+/// All 32 lanes hand in an operand; the last to come calls combine on all of them, in order of lanes. `name` is that of
+/// the instruction.
+void meet_all(void* operand, void (*combine)(void* const* operands), const char* name, site where);
 
 /// Waits for all threads of the block that have not exited; the number of them that brought true.
 unsigned barrier(bool predicate, site where);
@@ -123,20 +132,34 @@ void remove_global(void* p);
 /// Ends the launch with an error of the running thread.
 [[noreturn]] void fail(const std::string& what, site where);
 
+/// An error unless `p` is a multiple of `bytes`.
+void check_aligned(const void* p, std::size_t bytes, site where);
+
+/// The running block's dynamic shared memory.
+void* dynamic_shared();
+
 /// 0, or the cudaError_t of a launch that the device would refuse.
-int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 grid, dim3 block);
+int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 grid, dim3 block, std::size_t shared_bytes);
 
 }  // namespace detail
 
+/// Threads and bytes of dynamic shared memory of a block.
+struct shared_block {
+  dim3 threads;
+  std::size_t shared_bytes;
+  shared_block(dim3 t, std::size_t bytes = 0) : threads(t), shared_bytes(bytes) {}
+};
+
 /// Runs a kernel to its end. Returns 0 or the cudaError_t of an impossible configuration; throws packkv_simt::error.
 template <class... Parameter, class... Argument>
-int launch(void (*kernel)(Parameter...), dim3 grid, dim3 block, Argument... argument) {
+int launch(void (*kernel)(Parameter...), dim3 grid, shared_block block, Argument... argument) {
   struct call {
     void (*kernel)(Parameter...);
     std::tuple<Parameter...> parameters;
   } c{kernel, std::tuple<Parameter...>(static_cast<Parameter>(argument)...)};
   return detail::run_grid(reinterpret_cast<const void*>(kernel),
-                          [](void* p) { std::apply(static_cast<call*>(p)->kernel, static_cast<call*>(p)->parameters); }, &c, grid, block);
+                          [](void* p) { std::apply(static_cast<call*>(p)->kernel, static_cast<call*>(p)->parameters); }, &c, grid, block.threads,
+                          block.shared_bytes);
 }
 
 }  // namespace packkv_simt

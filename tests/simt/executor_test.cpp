@@ -8,6 +8,7 @@
 
 #include <packkv/detail/cuda.cuh>
 
+#include "device/warp_kernels.cuh"
 #include "support/catch.hpp"
 
 namespace packkv_test {
@@ -46,64 +47,6 @@ __global__ void write_coordinates(int* out) {
   const int thread = static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
   const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
   out[block * threads + thread] = block * threads + thread;
-}
-
-// -------------------------------------------------------------------------------------------------------------- shuffles
-__global__ void shuffle_all(int* out) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int x = 100 * lane;
-  int* mine = out + 12 * threadIdx.x;
-  mine[0] = __shfl_sync(full, x, 5);
-  mine[1] = __shfl_sync(full, x, (lane + 1) % 32);
-  mine[2] = __shfl_sync(full, x, lane + 35);        // the source is taken modulo 32
-  mine[3] = __shfl_sync(full, x, 3, 8);             // lane 3 of each group of eight
-  mine[4] = __shfl_up_sync(full, x, 1);
-  mine[5] = __shfl_up_sync(full, x, 3, 8);
-  mine[6] = __shfl_down_sync(full, x, 2);
-  mine[7] = __shfl_down_sync(full, x, 5, 16);
-  mine[8] = __shfl_xor_sync(full, x, 16);
-  mine[9] = __shfl_xor_sync(full, x, 12, 8);        // beyond the group: groups above keep what they have
-  mine[10] = static_cast<int>(__shfl_sync(full, static_cast<double>(x) + 0.25, 31) * 4);
-  mine[11] = __shfl_sync(full, static_cast<std::int8_t>(-lane), 7);
-}
-
-int expected_shuffle(int which, int lane) {
-  const auto x = [](int l) { return 100 * l; };
-  switch (which) {
-    case 0: return x(5);
-    case 1: return x((lane + 1) % 32);
-    case 2: return x((lane + 3) % 32);
-    case 3: return x(lane / 8 * 8 + 3);
-    case 4: return x(lane >= 1 ? lane - 1 : lane);
-    case 5: return x(lane % 8 >= 3 ? lane - 3 : lane);
-    case 6: return x(lane + 2 < 32 ? lane + 2 : lane);
-    case 7: return x(lane % 16 + 5 < 16 ? lane + 5 : lane);
-    case 8: return x(lane ^ 16);
-    case 9: return x((lane ^ 12) <= (lane | 7) ? lane ^ 12 : lane);
-    case 10: return x(31) * 4 + 1;
-    default: return -7;
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- votes and reductions
-__global__ void vote_all(unsigned* out) {
-  const int lane = static_cast<int>(threadIdx.x);
-  unsigned* mine = out + 12 * lane;
-  mine[0] = __ballot_sync(full, lane % 3 == 0);
-  mine[1] = static_cast<unsigned>(__any_sync(full, lane == 17));
-  mine[2] = static_cast<unsigned>(__any_sync(full, 0));
-  mine[3] = static_cast<unsigned>(__all_sync(full, lane < 32));
-  mine[4] = static_cast<unsigned>(__all_sync(full, lane != 3));
-  mine[5] = __reduce_add_sync(full, static_cast<unsigned>(lane));
-  mine[6] = static_cast<unsigned>(__reduce_max_sync(full, lane - 40));
-  mine[7] = static_cast<unsigned>(__reduce_min_sync(full, lane - 20));
-  mine[8] = __reduce_or_sync(full, 1u << lane);
-  mine[9] = __match_any_sync(full, lane / 4);
-  // Each half of the warp on its own, from different source lines.
-  if (lane < 16) mine[10] = __ballot_sync(0x0000ffffu, lane % 2);
-  else mine[10] = __ballot_sync(0xffff0000u, lane % 2);
-  // And again the whole, so that one half may be ahead of the other.
-  mine[11] = __shfl_sync(full, mine[10], 31 - lane);
 }
 
 // --------------------------------------------------------------------------------------------------------------- barriers
@@ -182,11 +125,13 @@ __global__ void rotate(int* out) {
   }
 }
 
+#if !defined(PACKKV_SIMT_RACE)
 __global__ void read_shared_unwritten(std::uint32_t* out) {
   __shared__ std::uint32_t word;
   out[blockIdx.x] = word;
   word = 7;
 }
+#endif
 
 }  // namespace
 
@@ -198,44 +143,6 @@ TEST_CASE("every thread of every block runs once and knows its place", "[executo
     std::iota(expected.begin(), expected.end(), 0);
     REQUIRE(packkv_simt::launch(write_coordinates, dim3(2, 3, 4), dim3(5, 3, 7), out.data()) == 0);
     CHECK(out == expected);
-  }
-}
-
-TEST_CASE("shuffles give what the CUDA programming guide says", "[executor]") {
-  for (const schedule& s : all_schedules()) {
-    INFO(packkv_simt::to_string(s));
-    const packkv_simt::with_schedule guard(s);
-    std::vector<int> out(64 * 12, -1);
-    packkv_simt::launch(shuffle_all, dim3(1), dim3(64), out.data());
-    for (int t = 0; t < 64; ++t)
-      for (int k = 0; k < 12; ++k) {
-        INFO("thread " << t << " shuffle " << k);
-        CHECK(out[static_cast<std::size_t>(12 * t + k)] == expected_shuffle(k, t % 32));
-      }
-  }
-}
-
-TEST_CASE("votes, matches and reductions see all lanes of their mask and no other", "[executor]") {
-  for (const schedule& s : all_schedules()) {
-    INFO(packkv_simt::to_string(s));
-    const packkv_simt::with_schedule guard(s);
-    std::vector<unsigned> out(32 * 12);
-    packkv_simt::launch(vote_all, dim3(1), dim3(32), out.data());
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      const unsigned* mine = out.data() + 12 * lane;
-      CHECK(mine[0] == 0x49249249u);
-      CHECK(mine[1] == 1);
-      CHECK(mine[2] == 0);
-      CHECK(mine[3] == 1);
-      CHECK(mine[4] == 0);
-      CHECK(mine[5] == 496);
-      CHECK(static_cast<int>(mine[6]) == -9);
-      CHECK(static_cast<int>(mine[7]) == -20);
-      CHECK(mine[8] == full);
-      CHECK(mine[9] == 0xfu << (lane / 4 * 4));
-      CHECK(mine[10] == (lane < 16 ? 0x0000aaaau : 0xaaaa0000u));
-      CHECK(mine[11] == (31 - lane < 16 ? 0x0000aaaau : 0xaaaa0000u));
-    }
   }
 }
 
@@ -257,6 +164,7 @@ TEST_CASE("block barriers order shared memory, and blocks do not see each other'
   }
 }
 
+#if !defined(PACKKV_SIMT_RACE)  // there it is an error
 TEST_CASE("a block finds nothing of another in shared memory", "[executor]") {
   for (const schedule& s : all_schedules()) {
     INFO(packkv_simt::to_string(s));
@@ -267,6 +175,7 @@ TEST_CASE("a block finds nothing of another in shared memory", "[executor]") {
       CHECK(word == (s.kind == order::reverse || (s.kind == order::random && word == 0) ? 0u : 0xffffffffu));
   }
 }
+#endif
 
 TEST_CASE("atomics return the old value and wrap as CUDA's do", "[executor]") {
   unsigned u = 0;
@@ -319,7 +228,7 @@ TEST_CASE("a mask that names an exited lane is an error", "[executor]") {
 
 TEST_CASE("a lane that does not exist cannot be named", "[executor]") {
   std::vector<int> out(64 * 12);
-  contains(error_of(shuffle_all, 48, out.data()), "lane 16 does not exist");
+  contains(error_of(shuffle_all<12>, 48, out.data()), "lane 16 does not exist");
 }
 
 TEST_CASE("a lane that waits at a block barrier while others name it is an error", "[executor]") {
@@ -349,7 +258,7 @@ TEST_CASE("other misuse ends a launch with its place, and the next launch is unh
   contains(error_of(source_not_in_mask, 32, out.data()), "lane 20, which its mask does not name");
   contains(error_of(trap, 32), "thread (3,0,0) (warp 0, lane 3)");
   contains(error_of(throws, 32), "no such thing");
-  CHECK(error_of(shuffle_all, 64, out.data()).empty());
+  CHECK(error_of(shuffle_all<12>, 64, out.data()).empty());
   CHECK_THROWS_AS(__syncwarp(), packkv_simt::error);
 }
 

@@ -66,13 +66,15 @@ template <by How, int Distance>
 __global__ void rotate(unsigned* out) {
   __shared__ unsigned value[64];
   const unsigned i = threadIdx.x;
+  value[i] = 0;  // or reading it too early would be another error
+  __syncthreads();
   value[i] = i;  // line 1
   if (How == by::warp_barrier) __syncwarp();
   if (How == by::block_barrier) __syncthreads();
   if (How == by::shuffle) out[i] = __shfl_xor_sync(full, i, 1);
   if (How == by::vote) out[i] = __ballot_sync(full, 1);
   if (How == by::half_warp_barrier) __syncwarp(i % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
-  out[i] = value[(i + Distance) % 64];  // line 2
+  out[i] = value[(i + Distance) % blockDim.x];  // line 2
 }
 constexpr int rotate_line = __LINE__ - 8;
 
@@ -115,6 +117,8 @@ template <unsigned With>
 __global__ void last_block(unsigned* data) {
   __shared__ bool last;
   const unsigned n = blockDim.x;
+  if (threadIdx.x == 0) last = false;
+  __syncthreads();
   data[100 + n * blockIdx.x + threadIdx.x] = 1;
   if ((With & first_fence) != 0) __threadfence();
   if ((With & first_barrier) != 0) __syncthreads();

@@ -5,6 +5,7 @@
 #include <elf.h>
 #include <link.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -99,14 +100,45 @@ std::string function_name(const void* function) {
   return text;
 }
 
+namespace {
+
+constexpr char guard_name[] = "packkv_simt_guard_";
+
+/// "_ZZ<function>E" of every function with a guard, and so with a __shared__ variable.
+std::vector<std::string> functions_with_shared() {
+  std::vector<std::string> prefixes;
+  for (const symbol& s : symbols()) {
+    std::size_t end = s.name.find(guard_name);
+    if (s.function || end == std::string::npos) continue;
+    while (end > 0 && s.name[end - 1] >= '0' && s.name[end - 1] <= '9') --end;  // the length of the name
+    prefixes.push_back(s.name.substr(0, end));
+  }
+  std::sort(prefixes.begin(), prefixes.end());
+  prefixes.erase(std::unique(prefixes.begin(), prefixes.end()), prefixes.end());
+  return prefixes;
+}
+
+/// Their zero-initialised statics: the guards among them, or the others.
+std::vector<memory_range> find_shared(bool guards) {
+  static const std::vector<std::string> prefixes = functions_with_shared();
+  std::vector<memory_range> ranges;
+  for (const symbol& s : symbols()) {
+    if (s.function || !s.zero_initialised || !starts_with(s.name, "_ZZ") || (s.name.find(guard_name) != std::string::npos) != guards) continue;
+    if (std::any_of(prefixes.begin(), prefixes.end(), [&](const std::string& p) { return starts_with(s.name, p.c_str()); }))
+      ranges.push_back({reinterpret_cast<unsigned char*>(s.address), s.bytes});
+  }
+  return ranges;
+}
+
+}  // namespace
+
 const std::vector<memory_range>& shared_variables() {
-  static const std::vector<memory_range> all = [] {
-    std::vector<memory_range> ranges;
-    for (const symbol& s : symbols())
-      if (!s.function && s.zero_initialised && (starts_with(s.name, "_ZZN6packkv") || starts_with(s.name, "_ZZNK6packkv") || starts_with(s.name, "_ZZN11packkv_test")))
-        ranges.push_back({reinterpret_cast<unsigned char*>(s.address), s.bytes});
-    return ranges;
-  }();
+  static const std::vector<memory_range> all = find_shared(false);
+  return all;
+}
+
+const std::vector<memory_range>& shared_guards() {
+  static const std::vector<memory_range> all = find_shared(true);
   return all;
 }
 

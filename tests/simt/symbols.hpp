@@ -16,8 +16,10 @@ struct memory_range {
 /// Readable name of a function without its parameters, or its address if the program is stripped.
 std::string function_name(const void* function);
 
-/// The zero-initialised function statics of the namespaces packkv and packkv_test: __shared__ variables.
-/// (The library has no other state.) Empty if the program is stripped.
+/// The __shared__ variables: zero-initialised statics of functions that have guards. Empty if the program is stripped.
 const std::vector<memory_range>& shared_variables();
+
+/// What lies beside them (engine.hpp), which no thread may access.
+const std::vector<memory_range>& shared_guards();
 
 }  // namespace packkv_simt::detail

@@ -19,25 +19,42 @@ namespace packkv::detail {
 inline constexpr int warp_threads = 32;
 inline constexpr unsigned all_lanes = 0xffffffffu;
 
+/// The source line of a caller, for the messages of the executor; nothing on a GPU.
+#if defined(PACKKV_SIMT_EXECUTOR)
+using call_site = packkv_simt::site;
+#else
+struct call_site {
+  __host__ __device__ static constexpr call_site here() { return {}; }
+};
+#endif
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % warp_threads; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / warp_threads; }
 
 /// All 32 lanes take part. Results are the same in every lane where the operation is commutative.
 template <class T>
-__device__ inline T shuffle_xor(T x, int mask) {
+__device__ inline T shuffle_xor(T x, int mask, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return __shfl_xor_sync(all_lanes, x, mask, warp_threads, where);
+#else
   return __shfl_xor_sync(all_lanes, x, mask);
+#endif
 }
 template <class T>
-__device__ inline T shuffle(T x, int lane) {
+__device__ inline T shuffle(T x, int lane, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return __shfl_sync(all_lanes, x, lane, warp_threads, where);
+#else
   return __shfl_sync(all_lanes, x, lane);
+#endif
 }
-__device__ inline float warp_max(float x) {
-  for (int m = 16; m > 0; m /= 2) x = fmaxf(x, shuffle_xor(x, m));
+__device__ inline float warp_max(float x, call_site where = call_site::here()) {
+  for (int m = 16; m > 0; m /= 2) x = fmaxf(x, shuffle_xor(x, m, where));
   return x;
 }
 template <class T>
-__device__ inline T warp_sum(T x) {
-  for (int m = 16; m > 0; m /= 2) x += shuffle_xor(x, m);
+__device__ inline T warp_sum(T x, call_site where = call_site::here()) {
+  for (int m = 16; m > 0; m /= 2) x += shuffle_xor(x, m, where);
   return x;
 }
 
@@ -48,24 +65,66 @@ struct alignas(16) bytes16 {
   std::uint32_t word[4];
 };
 
-/// 16-byte store; the address is a multiple of 16.
-__device__ inline void store16(void* p, const bytes16& x) { *static_cast<bytes16*>(p) = x; }
+struct alignas(8) bytes8 {
+  std::uint32_t word[2];
+};
+
+/// Loads and stores of 16 or 8 bytes; the address is a multiple of that.
+__device__ inline bytes8 load8(const void* p, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  packkv_simt::detail::check_aligned(p, 8, where);
+#endif
+  return *static_cast<const bytes8*>(p);
+}
+__device__ inline bytes16 load16(const void* p, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  packkv_simt::detail::check_aligned(p, 16, where);
+#endif
+  return *static_cast<const bytes16*>(p);
+}
+__device__ inline void store16(void* p, const bytes16& x, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  packkv_simt::detail::check_aligned(p, 16, where);
+#endif
+  *static_cast<bytes16*>(p) = x;
+}
 
 /// A load that sees what other blocks wrote in this launch.
 __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 
+/// The block's dynamic shared memory, of the size that the launch gave it; 128-byte aligned.
+__device__ inline std::uint8_t* dynamic_shared() {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return static_cast<std::uint8_t*>(packkv_simt::detail::dynamic_shared());
+#else
+  extern __shared__ __align__(128) std::uint8_t packkv_dynamic_shared[];
+  return packkv_dynamic_shared;
+#endif
+}
+
+/// Threads and bytes of dynamic shared memory of a block.
+struct block_size {
+  int threads, shared_bytes;
+  block_size(int threads_, int shared_bytes_ = 0) : threads(threads_), shared_bytes(shared_bytes_) {}
+};
+
 /// Launches a kernel; a refusal of the runtime becomes a status. Never synchronises.
 template <class... Parameter>
-inline status launch(void (*kernel)(Parameter...), dim3 grid, int threads, cudaStream_t stream,
+inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, cudaStream_t stream,
                      Parameter... parameter) {
+  const dim3 threads(static_cast<unsigned>(block.threads));
+  const auto shared_bytes = static_cast<std::size_t>(block.shared_bytes);
 #if defined(PACKKV_SIMT_EXECUTOR)
   (void)stream;
-  const auto error =
-      static_cast<cudaError_t>(packkv_simt::launch(kernel, grid, dim3(static_cast<unsigned>(threads)), parameter...));
+  const auto error = static_cast<cudaError_t>(
+      packkv_simt::launch(kernel, grid, packkv_simt::shared_block{threads, shared_bytes}, parameter...));
 #else
+  const void* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {static_cast<void*>(&parameter)...};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
-                                             dim3(static_cast<unsigned>(threads)), pointers, 0, stream);
+  cudaError_t error = cudaSuccess;
+  if (block.shared_bytes > 48 * 1024)  // more than every kernel may have unasked
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, block.shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernel(function, grid, threads, pointers, shared_bytes, stream);
 #endif
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();

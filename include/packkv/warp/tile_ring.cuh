@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Brings a warp's tiles into shared memory ahead of their use: a ring of stages of the warp's own.
+// One idea: a request starts a copy into a free stage and returns; wait() gives the oldest one when it has arrived.
+//   tile_ring<3, copy_engine::bulk> ring(storage, buffers, stage_bytes);
+//   for (i = 0; i < 3 && i < n; ++i) ring.request({key(i), key_bytes}, {value(i), value_bytes});
+//   for (i = 0; i < n; ++i) { use(ring.wait()); ring.release(); if (i + 3 < n) ring.request(...); }
+#pragma once
+
+#include <packkv/detail/async.cuh>
+#include <utility>
+
+namespace packkv::warp {
+
+/// Who copies: the bulk copy engine (sm_90 and later; one lane starts a whole tile) or cp.async (sm_80 and later; every
+/// lane copies 16 bytes at a time).
+enum class copy_engine { bulk, per_thread };
+
+/// A piece of global memory: 16-byte aligned, a multiple of 16 bytes (as tiles are), or nothing.
+struct copy_source {
+  const void* data = nullptr;
+  int bytes = 0;
+};
+
+template <int Stages, copy_engine Engine>
+class tile_ring {
+ public:
+  static_assert(Stages >= 1 && Stages <= 8, "a ring has 1 to 8 stages");
+  /// In shared memory, of one warp.
+  struct temp_storage {
+    detail::mbarrier full[Engine == copy_engine::bulk ? Stages : 1];  // unused by per_thread
+  };
+
+  /// `buffers`: Stages * stage_bytes of shared memory, 16-byte aligned, stage_bytes a multiple of 16. All lanes take
+  /// part, here and below.
+  __device__ tile_ring(temp_storage& storage, std::uint8_t* buffers, int stage_bytes)
+      : storage_(storage), buffers_(buffers), stage_bytes_(stage_bytes) {
+    if constexpr (Engine == copy_engine::bulk) {
+      if (detail::lane_id() == 0) {
+        for (int s = 0; s < Stages; ++s) storage_.full[s].init(1);
+        detail::fence_barrier_init();
+      }
+      __syncwarp();
+    }
+  }
+
+  /// Starts to copy both pieces, one behind the other, into the stage after the last requested. At most Stages requests
+  /// are not released. The pieces together are 16 to stage_bytes bytes.
+  __device__ void request(copy_source first, copy_source second = {}) {
+    std::uint8_t* to = buffers_ + requested_.stage * stage_bytes_;
+    if constexpr (Engine == copy_engine::bulk) {
+      if (detail::lane_id() == 0) {
+        detail::mbarrier& full = storage_.full[requested_.stage];
+        full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
+        if (first.bytes > 0) detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
+        if (second.bytes > 0) detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
+      }
+    } else {
+      copy(to, first);
+      copy(to + first.bytes, second);
+      detail::commit_copies();
+    }
+    requested_.next();
+    ++waiting_;
+  }
+
+  /// The oldest requested tile that has not been released, when it is there.
+  __device__ const std::uint8_t* wait() {
+    if constexpr (Engine == copy_engine::bulk) {
+      storage_.full[used_.stage].wait(used_.parity);
+    } else {
+      wait_for_oldest(std::make_integer_sequence<int, Stages>{});
+      __syncwarp();  // the bytes of the other lanes
+    }
+    return buffers_ + used_.stage * stage_bytes_;
+  }
+
+  /// Frees that tile's stage for the next request: all lanes have read what they need.
+  __device__ void release() {
+    __syncwarp();
+    used_.next();
+    --waiting_;
+  }
+
+ private:
+  struct cursor {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void next() {
+      if (++stage == Stages) {
+        stage = 0;
+        parity ^= 1u;
+      }
+    }
+  };
+
+  __device__ static void copy(std::uint8_t* to, copy_source from) {
+    for (int i = 16 * detail::lane_id(); i < from.bytes; i += 16 * detail::warp_threads)
+      detail::copy_async<16>(to + i, static_cast<const char*>(from.data) + i);
+  }
+  /// All groups but the `waiting_ - 1` latest; how many is a constant of the instruction.
+  template <int... Latest>
+  __device__ void wait_for_oldest(std::integer_sequence<int, Latest...>) {
+    ((waiting_ == Latest + 1 ? detail::wait_copies<Latest>() : void()), ...);
+  }
+
+  temp_storage& storage_;
+  std::uint8_t* buffers_;
+  int stage_bytes_, waiting_ = 0;
+  cursor requested_, used_;
+};
+
+}  // namespace packkv::warp
