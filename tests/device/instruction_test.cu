@@ -425,7 +425,8 @@ TEST_CASE("instruction: bulk copies and arrivals end the phases of mbarriers", "
   }
 }
 
-TEST_CASE("instruction: 2^x is within two units in the last place, 0 for -inf", "[instruction]") {
+// The PTX ISA on ex2.approx: 2 units in the last place from the correctly rounded result.
+TEST_CASE("instruction: 2^x is within two units of the rounded result, 0 for -inf", "[instruction]") {
   random_source random(10);
   std::vector<float> x{-INFINITY, 0.0f, -0.0f, -126.0f, -127.5f, -149.0f, -150.0f, -200.0f, 127.0f, 1.0f, -1.0f};
   while (x.size() < 32 * static_cast<std::size_t>(warps_tried)) x.push_back(static_cast<float>(random.uniform() * 160.0 - 140.0));
@@ -434,15 +435,17 @@ TEST_CASE("instruction: 2^x is within two units in the last place, 0 for -inf", 
   REQUIRE(pk::detail::launch(powers<128>, dim3(static_cast<unsigned>((x.size() + 127) / 128)), 128, cudaStream_t{},
                              static_cast<const float*>(device_x.data()), y.data(), static_cast<int>(x.size())));
   const auto got = y.host();
-  double worst = 0.0;
+  std::int64_t worst = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
-    const double expected = std::exp2(static_cast<double>(x[i]));
-    const double unit = std::max(std::ldexp(1.0, std::ilogb(std::max(expected, 1e-300)) - 23), 0x1p-149);
-    worst = std::max(worst, std::abs(static_cast<double>(got[i]) - expected) / unit);
+    const auto rounded = static_cast<float>(std::exp2(static_cast<double>(x[i])));
+    std::int32_t bits[2];  // consecutive for consecutive floats that are not negative
+    std::memcpy(&bits[0], &got[i], 4);
+    std::memcpy(&bits[1], &rounded, 4);
+    worst = std::max(worst, std::abs(std::int64_t{bits[0]} - bits[1]));
   }
-  std::printf("exp2_approx: largest error %.2f units in the last place\n", worst);
+  std::printf("exp2_approx: at most %d units from the rounded result\n", static_cast<int>(worst));
   CHECK(got[0] == 0.0f);
-  CHECK(worst <= 2.0);
+  CHECK(worst <= 2);
 }
 
 TEST_CASE("instruction: shuffles give what the CUDA programming guide says", "[instruction]") {
@@ -472,6 +475,7 @@ TEST_CASE("instruction: the shuffles, sums and wide accesses of detail/", "[inst
   std::vector<std::uint32_t> in(64);
   for (auto& x : in) x = static_cast<std::uint32_t>(random.bits()) & 0x7fffffffu;
   device_array<std::uint32_t> device_in(in), out(64 * 16);
+  out.poison();
   REQUIRE(pk::detail::launch(warp_shims<64>, dim3(1), 64, cudaStream_t{},
                              static_cast<const std::uint32_t*>(device_in.data()), out.data()));
   const auto got = out.host();

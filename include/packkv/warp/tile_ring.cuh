@@ -44,14 +44,14 @@ class tile_ring {
   }
 
   /// Starts to copy both pieces, one behind the other, into the stage after the last requested. At most Stages requests
-  /// are not released. The pieces together are 16 to stage_bytes bytes.
+  /// are not released. The pieces together are at most stage_bytes, and the first is not empty.
   __device__ void request(copy_source first, copy_source second = {}) {
     std::uint8_t* to = buffers_ + requested_.stage * stage_bytes_;
     if constexpr (Engine == copy_engine::bulk) {
       if (detail::lane_id() == 0) {
         detail::mbarrier& full = storage_.full[requested_.stage];
         full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
-        if (first.bytes > 0) detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
+        detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
         if (second.bytes > 0) detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
       }
     } else {
