@@ -6,6 +6,8 @@
 #include <packkv/calibrate/columns.hpp>
 #include <packkv/codec/checks.hpp>
 #include <packkv/codec/codec.hpp>
+#include <packkv/codec/grouped.hpp>
+#include <packkv/codec/grouped_quantize.hpp>
 #include <packkv/codec/layout.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/parameters.hpp>
@@ -14,4 +16,5 @@
 #include <packkv/core/views.hpp>
 #include <packkv/reference/attention.hpp>
 #include <packkv/reference/compress.hpp>
+#include <packkv/reference/grouped.hpp>
 #include <packkv/reference/tile.hpp>
