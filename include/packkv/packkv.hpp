@@ -17,4 +17,5 @@
 #include <packkv/reference/attention.hpp>
 #include <packkv/reference/compress.hpp>
 #include <packkv/reference/grouped.hpp>
+#include <packkv/reference/grouped_attention.hpp>
 #include <packkv/reference/tile.hpp>
