@@ -211,6 +211,60 @@ inline naive_result naive_quantise(const pk::grouped_spec& spec, const tensor16&
   return r;
 }
 
+// ---- a decoder from docs/format-grouped.md -------------------------------------------------------------------------
+
+inline float fp16_at(const std::uint8_t* bytes, long long offset) {
+  std::uint16_t bits;
+  std::memcpy(&bits, bytes + offset, 2);
+  return clean::from_fp16(bits);
+}
+
+/// One token of a side that was coded with no recent tokens. Of the library only the names of the spec's fields are
+/// used.
+inline std::vector<float> documented_token(const pk::grouped_spec& spec, const std::uint8_t* bytes, int heads,
+                                           int tokens, int h, int token) {
+  const bool by_channel = spec.axis == pk::group_axis::channel, by_token = spec.axis == pk::group_axis::token;
+  const bool minima = spec.step != pk::step_rule::gaussian;
+  const int D = spec.head_dim, w = spec.width, g = spec.group, B = by_channel && g == 128 ? 128 : 64;
+  const long long S = by_token || B == 128 ? 0 : by_channel ? 64 / g * D : 64 * (D / g);
+  const long long U = by_token ? 64 : B == 128 ? static_cast<long long>(heads) * D : 0;
+  const long long tile_size = 8ll * w * D + 2 * S * (minima ? 2 : 1);
+  const long long block_size = heads * (B / 64) * tile_size + 2 * U * (minima ? 2 : 1);
+  const long long means = spec.centred ? 2ll * heads * D : 0;
+  const int coded = tokens / B * B;
+  std::vector<float> x;
+  if (token >= coded) {
+    const long long tail = means + coded / B * block_size + 2ll * ((h * (tokens - coded) + token - coded) * D);
+    for (int c = 0; c < D; ++c) x.push_back(fp16_at(bytes, tail + 2 * c));
+    return x;
+  }
+  const long long block = means + token / B * block_size;
+  const long long tile = block + (h * (B / 64) + token % B / 64) * tile_size;
+  const int t = token % 64, r = t % 8 * 8 + t / 8;
+  clean::description f;
+  f.of = spec.which == pk::side::key ? clean::side::key : clean::side::value;
+  f.head_dim = D;
+  f.widths.assign(static_cast<std::size_t>(D / clean::strip_channels(f)), w);
+  std::vector<std::uint8_t> words(bytes + tile, bytes + tile + 8 * w * D);
+  words.resize(words.size() + 128);  // clean::decode reads the row scales of a plan tile, too
+  const std::vector<std::uint16_t> codes = clean::decode(words.data(), f, t).codes;
+  const long long scales = U > 0 ? block + heads * (B / 64) * tile_size : tile + 8 * w * D;
+  for (int c = 0; c < D; ++c) {
+    const long long index = by_token ? r : !by_channel ? c / g * 64 + r : g == 128 ? h * D + c : t / g * D + c;
+    const float s = fp16_at(bytes, scales + 2 * index);
+    const float code = static_cast<float>(codes[static_cast<std::size_t>(c)]);
+    if (minima) {
+      const volatile float product = s * code;
+      x.push_back(product + fp16_at(bytes, scales + 2 * (S + U + index)));
+    } else {
+      x.push_back(s * clean::default_step(w) * (code - static_cast<float>((1 << w) - 1) * 0.5f));
+    }
+  }
+  if (spec.transform == pk::transform_kind::hadamard) clean::hadamard(x);
+  for (int c = 0; c < D && spec.centred; ++c) x[static_cast<std::size_t>(c)] += fp16_at(bytes, 2 * (h * D + c));
+  return x;
+}
+
 /// All formats worth testing at a head dim: axes x groups x widths x rules x transform x centring, thinned at random.
 inline pk::grouped_spec random_spec(host_test::random_source& random, pk::side which, int dim) {
   const int widths[] = {1, 2, 3, 4, 8}, token_groups[] = {32, 64, 128}, channel_groups[] = {16, 32, dim};
