@@ -12,10 +12,12 @@
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/parameters.hpp>
 #include <packkv/codec/quantize.hpp>
+#include <packkv/codec/strip_adaptive.hpp>
 #include <packkv/codec/transform.hpp>
 #include <packkv/core/views.hpp>
 #include <packkv/reference/attention.hpp>
 #include <packkv/reference/compress.hpp>
 #include <packkv/reference/grouped.hpp>
 #include <packkv/reference/grouped_attention.hpp>
+#include <packkv/reference/strip_adaptive.hpp>
 #include <packkv/reference/tile.hpp>
