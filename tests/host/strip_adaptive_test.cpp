@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+// The strip-adaptive format against a naive quantiser: values, widths, sizes, damaged bytes.
+#include <packkv/reference/strip_adaptive.hpp>
+
+#include "grouped_fixture.hpp"
+
+namespace pk = packkv;
+namespace ref = packkv::reference;
+using namespace grouped_test;
+using host_test::random_source;
+using host_test::seed_of;
+
+namespace {
+
+struct adaptive_coded {
+  pk::adaptive_layout layout;
+  aligned_bytes bytes{0};
+  std::vector<std::int64_t> offsets;
+  pk::device_report report;
+
+  adaptive_coded(const pk::adaptive_spec& spec, const tensor16& x, int recent) {
+    REQUIRE(pk::make_adaptive_layout(spec, x.heads, x.tokens, recent, layout));
+    bytes = aligned_bytes(layout.max_bytes);
+    offsets.resize(static_cast<std::size_t>(layout.tiles) + 1);
+    REQUIRE(ref::encode_adaptive(spec, x.view(), recent, bytes.data(), bytes.size(), offsets.data(), report));
+  }
+};
+
+pk::adaptive_spec random_adaptive(random_source& random, int dim) {
+  const pk::group_axis axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token};
+  const float steps[] = {1.0f, 0.4f, 0.2f, 0.1f, 0.05f, 0.01f, 1.0f / 255.0f};
+  return pk::make_adaptive(
+      random.chance(2) ? pk::side::key : pk::side::value, dim, random.pick(axes), random.pick(steps),
+      random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.chance(3));
+}
+
+/// Codes and values before the inverse transform, group by group: minimum rounded down, step rounded up to fp16.
+naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16& x, int coded_tokens) {
+  pk::grouped_spec wide = spec.groups;
+  const int d = x.dim;
+  std::vector<float> y(x.bits.size());
+  for (int h = 0; h < x.heads; ++h) {
+    std::vector<float> mean(static_cast<std::size_t>(d), 0.0f);
+    for (int c = 0; c < d && wide.centred; ++c) {
+      double sum = 0.0;
+      for (int t = 0; t < coded_tokens; ++t) sum += x.value(h, t, c);
+      mean[static_cast<std::size_t>(c)] = coded_tokens > 0 ? naive_half(static_cast<float>(sum / coded_tokens)) : 0.0f;
+    }
+    for (int t = 0; t < coded_tokens; ++t) {
+      std::vector<float> token;
+      for (int c = 0; c < d; ++c) token.push_back(x.value(h, t, c) - mean[static_cast<std::size_t>(c)]);
+      if (wide.transform == pk::transform_kind::hadamard) clean::hadamard(token);
+      std::copy(token.begin(), token.end(), y.begin() + static_cast<std::ptrdiff_t>(x.at(h, t, 0)));
+    }
+  }
+  // The group of an element, as a number.
+  const auto group_of = [&](int h, int t, int c) {
+    return wide.axis == pk::group_axis::channel  ? (t / 64 * x.heads + h) * d + c
+           : wide.axis == pk::group_axis::vector ? h * x.tokens + t
+                                                 : t;
+  };
+  const std::size_t count = static_cast<std::size_t>(x.heads) * x.tokens * d;
+  std::vector<float> low(count, 1e30f), high(count, -1e30f);
+  naive_result r{std::vector<int>(count), std::vector<float>(count)};
+  for (int pass = 0; pass < 2; ++pass)
+    for (int h = 0; h < x.heads; ++h)
+      for (int t = 0; t < coded_tokens; ++t)
+        for (int c = 0; c < d; ++c) {
+          const std::size_t i = x.at(h, t, c), g = static_cast<std::size_t>(group_of(h, t, c));
+          if (pass == 0) {
+            low[g] = std::min(low[g], y[i]);
+            high[g] = std::max(high[g], y[i]);
+            continue;
+          }
+          naive_group n;
+          n.minimum = naive_half_below(low[g]);
+          n.scale = naive_half_above((high[g] - n.minimum) * spec.relative_step);
+          std::tie(r.codes[i], r.y[i]) = naive_code(pk::step_rule::min_max, 8, n, y[i]);
+        }
+  return r;
+}
+
+int naive_width(int largest) {
+  for (const int w : {0, 1, 2, 3, 4, 8})
+    if (largest < (1 << w)) return w;
+  return -1;
+}
+
+}  // namespace
+
+TEST_CASE("strip-adaptive values, widths and sizes equal a naive implementation", "[adaptive]") {
+  const int dims[] = {64, 96, 128, 256};
+  for (int round = 0; round < 40; ++round) {
+    const std::uint64_t seed = seed_of(9000 + static_cast<std::uint64_t>(round));
+    random_source random(seed);
+    const int dim = random.pick(dims), heads = random.between(1, 3), tokens = random.between(1, 260);
+    const int recent = random.chance(2) ? 0 : random.between(0, 130);
+    const pk::adaptive_spec spec = random_adaptive(random, dim);
+    const tensor16 x = random_tensor(random, heads, tokens, dim);
+    INFO("seed " << seed << " " << describe(spec.groups) << " step " << spec.relative_step);
+    const adaptive_coded e(spec, x, recent);
+    const int coded_tokens = static_cast<int>(e.layout.coded_tokens);
+    CHECK(coded_tokens == std::max(0, (tokens - recent) / 64 * 64));
+    CHECK(e.report.flags == 0);
+    const naive_result naive = naive_adaptive(spec, x, coded_tokens);
+
+    const int strip = spec.groups.which == pk::side::key && dim != 64 ? 32 : 16, strips = dim / strip;
+    const std::int64_t scales = spec.groups.axis == pk::group_axis::channel  ? 4 * dim
+                                : spec.groups.axis == pk::group_axis::vector ? 4 * 64
+                                                                             : 0;
+    int wrong_headers = 0, wrong_sizes = 0;
+    for (int b = 0; b < coded_tokens / 64; ++b)
+      for (int h = 0; h < heads; ++h) {
+        const std::int64_t* at = e.offsets.data() + b * heads + h;
+        std::int64_t expected = (2 * strips + 15) / 16 * 16 + scales;
+        for (int s = 0; s < strips; ++s) {
+          int low = 1000, high = -1;
+          for (int t = 64 * b; t < 64 * b + 64; ++t)
+            for (int c = s * strip; c < (s + 1) * strip; ++c) {
+              low = std::min(low, naive.codes[x.at(h, t, c)]);
+              high = std::max(high, naive.codes[x.at(h, t, c)]);
+            }
+          const int width = naive_width(high - low);
+          wrong_headers += e.bytes.data()[at[0] + s] != width || e.bytes.data()[at[0] + strips + s] != low;
+          expected += 64 * strip * width / 8;
+        }
+        wrong_sizes += at[1] - at[0] != expected;
+      }
+    CHECK(wrong_headers == 0);
+    CHECK(wrong_sizes == 0);
+    CHECK(e.offsets.back() <= e.layout.max_bytes);
+
+    std::vector<float> back(x.bits.size());
+    const auto out = pk::make_output<3>(back.data(), pk::dtype::float32, {heads, tokens, dim});
+    REQUIRE(ref::decode_adaptive(spec, e.bytes.data(), e.offsets.back(), e.offsets.data(), recent, out));
+    int wrong = 0;
+    for (int h = 0; h < heads; ++h)
+      for (int t = 0; t < tokens; ++t) {
+        std::vector<float> token(naive.y.begin() + static_cast<std::ptrdiff_t>(x.at(h, t, 0)),
+                                 naive.y.begin() + static_cast<std::ptrdiff_t>(x.at(h, t, 0)) + dim);
+        if (spec.groups.transform == pk::transform_kind::hadamard) clean::hadamard(token);
+        for (int c = 0; c < dim; ++c) {
+          float expected = token[static_cast<std::size_t>(c)];
+          if (spec.groups.centred) expected += fp16_at(e.bytes.data(), 2 * (h * dim + c));
+          if (t >= coded_tokens) expected = x.value(h, t, c);
+          wrong += back[x.at(h, t, c)] != expected;
+        }
+      }
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE("a constant tensor takes no code bits", "[adaptive]") {
+  tensor16 x(2, 128, 128);
+  std::fill(x.bits.begin(), x.bits.end(), pk::float_to_half(3.25f));
+  const pk::adaptive_spec spec = pk::make_adaptive(pk::side::key, 128, pk::group_axis::token, 0.1f);
+  const adaptive_coded e(spec, x, 0);
+  CHECK(e.offsets.back() == 2 * 256 + 4 * 16);  // two blocks of shared scales, four headers
+  CHECK(pk::adaptive_total_bytes(e.layout, e.offsets.back()) == e.offsets.back() + 5 * 8);
+  std::vector<float> back(x.bits.size());
+  REQUIRE(ref::decode_adaptive(spec, e.bytes.data(), e.offsets.back(), e.offsets.data(), 0,
+                               pk::make_output<3>(back.data(), pk::dtype::float32, {2, 128, 128})));
+  CHECK(std::all_of(back.begin(), back.end(), [](float v) { return v == 3.25f; }));
+}
+
+TEST_CASE("bad strip-adaptive formats, small buffers and damaged bytes are refused", "[adaptive]") {
+  using pk::group_axis;
+  using pk::side;
+  CHECK(pk::check_adaptive(pk::make_adaptive(side::key, 128, group_axis::token, 1.0f / 255.0f)));
+  CHECK(pk::check_adaptive(pk::make_adaptive(side::key, 128, group_axis::token, 0.0039f)).code ==
+        pk::status_code::unsupported);
+  for (const float step : {0.0f, -0.1f, 1.5f, std::nanf("")})
+    CHECK(pk::check_adaptive(pk::make_adaptive(side::key, 128, group_axis::token, step)).code ==
+          pk::status_code::invalid_argument);
+  CHECK(pk::check_adaptive(pk::make_adaptive(side::key, 80, group_axis::token, 0.1f)).code ==
+        pk::status_code::unsupported);
+
+  random_source random(seed_of(9500));
+  const tensor16 x = random_tensor(random, 2, 130, 64);
+  const pk::adaptive_spec spec = pk::make_adaptive(side::value, 64, group_axis::vector, 0.1f);
+  adaptive_coded e(spec, x, 0);
+  aligned_bytes small(e.layout.max_bytes - 16);
+  pk::device_report report;
+  std::vector<std::int64_t> offsets(e.offsets.size(), -7);
+  CHECK(ref::encode_adaptive(spec, x.view(), 0, small.data(), small.size(), offsets.data(), report).code ==
+        pk::status_code::workspace_too_small);
+  CHECK(small.untouched());
+  CHECK(offsets == std::vector<std::int64_t>(e.offsets.size(), -7));
+
+  std::vector<float> back(x.bits.size(), 42.0f);
+  const auto out = pk::make_output<3>(back.data(), pk::dtype::float32, {2, 130, 64});
+  const auto decode = [&](const std::vector<std::int64_t>& o, std::int64_t size) {
+    return ref::decode_adaptive(spec, e.bytes.data(), size, o.data(), 0, out).code;
+  };
+  const std::int64_t size = e.offsets.back();
+  CHECK(decode(e.offsets, size - 16) == pk::status_code::corrupt);
+  for (std::size_t i = 0; i < e.offsets.size(); ++i)
+    for (const std::int64_t bad :
+         {std::int64_t{-1}, std::int64_t{0}, size + 16, e.offsets[i] + 16, e.offsets[i] + 1, INT64_MAX, INT64_MIN}) {
+      std::vector<std::int64_t> o = e.offsets;
+      o[i] = bad;
+      CHECK(decode(o, size) == pk::status_code::corrupt);
+    }
+  std::uint8_t& width = e.bytes.data()[e.offsets[1]];
+  const std::uint8_t kept = width;
+  for (const int bad : {5, 6, 7, 9, 255, kept == 8 ? 4 : 8}) {
+    width = static_cast<std::uint8_t>(bad);
+    CHECK(decode(e.offsets, size) == pk::status_code::corrupt);
+  }
+  width = kept;
+  CHECK(std::all_of(back.begin(), back.end(), [](float v) { return v == 42.0f; }));
+  CHECK(decode(e.offsets, size) == pk::status_code::ok);
+}
