@@ -7,6 +7,9 @@
 #include <packkv/codec/checks.hpp>
 #include <packkv/codec/codec.hpp>
 #include <packkv/codec/layout.hpp>
+#include <packkv/codec/pack_checks.hpp>
+#include <packkv/codec/pack_format.hpp>
+#include <packkv/codec/pack_quantize.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/parameters.hpp>
 #include <packkv/codec/quantize.hpp>
@@ -14,4 +17,6 @@
 #include <packkv/core/views.hpp>
 #include <packkv/reference/attention.hpp>
 #include <packkv/reference/compress.hpp>
+#include <packkv/reference/pack_attention.hpp>
+#include <packkv/reference/packs.hpp>
 #include <packkv/reference/tile.hpp>
