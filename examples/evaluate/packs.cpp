@@ -105,9 +105,9 @@ outcome encode(const packkv::pack_format& f, const kv_cache& cache, coded_cache&
     return failure(s.message);
   restore_order(order, cache.kv_heads(), cache.key_dim(), out.k);
   restore_order(order, cache.kv_heads(), cache.value_dim(), out.v);
-  out.key_bytes = packkv::stored_bytes(f, side::key, blocks, report.key.tile_bytes);
-  out.value_bytes = packkv::stored_bytes(f, side::value, blocks, report.value.tile_bytes);
-  // A cache too short for a block is 16-bit.
+  // A cache too short for a block is 16-bit and has no packs.
+  out.key_bytes = blocks > 0 ? packkv::stored_bytes(f, side::key, blocks, report.key.tile_bytes) : 0;
+  out.value_bytes = blocks > 0 ? packkv::stored_bytes(f, side::value, blocks, report.value.tile_bytes) : 0;
   out.figures = {{"packkv_payload_bits_k", blocks > 0 ? report.key.payload_bits_per_value() : 16.0},
                  {"packkv_payload_bits_v", blocks > 0 ? report.value.payload_bits_per_value() : 16.0},
                  {"packkv_published_ratio_k", report.key.published_ratio()},
