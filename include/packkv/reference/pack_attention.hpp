@@ -201,6 +201,8 @@ inline status attention(const pack_format& f, const packs_view& packs, const inp
   const int key_dim = f.key.head_dim, value_dim = f.value.head_dim;
   detail::unpacked_tile keys(f, side::key), values(f, side::value);
   const std::int64_t rows = group * n;  // of one KV head
+  if (!(checked(group) * n * (packed + tail) * 8).valid())
+    return refuse(status_code::overflow, "the scores of one KV head do not fit 63 bits");
   std::vector<double> q(static_cast<std::size_t>(rows * key_dim)), s(static_cast<std::size_t>(rows * (packed + tail))),
       o(static_cast<std::size_t>(rows * value_dim)), largest(static_cast<std::size_t>(rows)), total(largest.size());
   for (int b = 0; b < f.batch; ++b)

@@ -181,21 +181,23 @@ inline status decompress(const pack_format& f, const packs_view& packs, const ou
     const output_view<4>& to = which == side::key ? keys : values;
     const std::int64_t ranges = range_count(f, which);
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(tile_tokens) * static_cast<std::size_t>(codec.head_dim));
+    std::vector<pack_step> steps(static_cast<std::size_t>(ranges));
     std::int64_t tile = 0;
     for (std::int64_t block = 0; block < packs.blocks; ++block)
-      for (int b = 0; b < f.batch; ++b)
+      for (int b = 0; b < f.batch; ++b) {
+        const pack_range* const range = from.ranges + (block * f.batch + b) * ranges;
+        for (std::int64_t i = 0; i < ranges; ++i)
+          steps[static_cast<std::size_t>(i)] =
+              make_pack_step(codec, range_value(f.element, range[i].low), range_value(f.element, range[i].high));
         for (int h = 0; h < f.kv_heads; ++h, ++tile) {
           decode_pack_tile(f.pack_size, codec.head_dim, from.data + from.offsets[tile], codes.data());
-          const pack_range* const range = from.ranges + (block * f.batch + b) * ranges;
           for (int t = 0; t < tile_tokens; ++t)
-            for (int c = 0; c < codec.head_dim; ++c) {
-              const pack_range& r = range[range_index(codec, h, t, c)];
-              const pack_step step =
-                  make_pack_step(codec, range_value(f.element, r.low), range_value(f.element, r.high));
+            for (int c = 0; c < codec.head_dim; ++c)
               store_element(address(to, b, h, block * tile_tokens + t, c), to.type,
-                            decode_code(codec, step, codes[static_cast<std::size_t>(t * codec.head_dim + c)]));
-            }
+                            decode_code(codec, steps[static_cast<std::size_t>(range_index(codec, h, t, c))],
+                                        codes[static_cast<std::size_t>(t * codec.head_dim + c)]));
         }
+      }
   }
   return {};
 }

@@ -37,15 +37,18 @@ std::int64_t joined_width(const std::uint8_t* low, const std::uint8_t* high, con
   for (std::int64_t first = 0; first < bytes && sum < limit; first += chunk) {
     std::uint8_t lane[order_lanes] = {};
     const std::int64_t end = min_of(first + chunk, bytes);
-    for (std::int64_t i = first; i < end; i += order_lanes)
+    for (std::int64_t i = first; i < end; i += order_lanes) {
+      std::uint8_t range[order_lanes];
       for (int k = 0; k < order_lanes; ++k) {
-        const std::uint8_t v = x[i + k], l = low[i + k], h = high[i + k];
-        const std::uint8_t top = h < v ? v : h, bottom = v < l ? v : l;
-        const std::uint8_t range = static_cast<std::uint8_t>(top - bottom);
-        std::uint8_t width = 0;
-        for (int bit = 0; bit < Bits; ++bit) width = static_cast<std::uint8_t>(width + (range >= (1 << bit) ? 1 : 0));
-        lane[k] = static_cast<std::uint8_t>(lane[k] + width);
+        const std::uint8_t top = max_of(high[i + k], x[i + k]), bottom = min_of(low[i + k], x[i + k]);
+        range[k] = static_cast<std::uint8_t>(top - bottom);
       }
+      for (int bit = 0; bit < Bits; ++bit) {
+        const std::uint8_t power = static_cast<std::uint8_t>(1 << bit);
+        for (int k = 0; k < order_lanes; ++k)
+          lane[k] = static_cast<std::uint8_t>(lane[k] + (range[k] >= power ? 1 : 0));
+      }
+    }
     std::int32_t part = 0;
     for (int k = 0; k < order_lanes; ++k) part += lane[k];
     sum += part;
