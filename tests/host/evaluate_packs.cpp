@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // evaluate with packkv, against the naive PackKV of pack_naive.hpp: payload, published ratio, honest bits, errors; on
-// random caches, on the sample and, where they are, on caches of four models.
+// random caches, on the sample and, where they are, on caches of other models.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -182,7 +182,7 @@ TEST_CASE("evaluate packkv: the sample's payload, ratios and errors are the naiv
   for (const setting& s : settings) check_cache({folder + "/k.npy", folder + "/v.npy", folder + "/q.npy"}, s);
 }
 
-TEST_CASE("evaluate packkv: real caches of four models give the naive payload, ratios and errors", "[packs]") {
+TEST_CASE("evaluate packkv: real caches of other models give the naive payload, ratios and errors", "[packs]") {
   const std::string root = PACKKV_SHARED_DATA;
   int found = 0;
   for (const char* layer : {"qwen2.5-coder-0.5b/textB/L00", "qwen2.5-coder-1.5b/textB/L18", "gemma3-270m/textB/L05"}) {
