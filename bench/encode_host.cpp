@@ -78,11 +78,84 @@ void decode(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * input_bytes);
 }
 
+/// PackKV on 4096 tokens x 8 KV heads x 128 channels: quantise by token, order, pack.
+struct packed_cache {
+  static constexpr int heads = 8, length = 4096;
+  static constexpr std::int64_t bytes = std::int64_t{2} * 2 * heads * length * dim, blocks = length / 64;
+  struct one_side {
+    std::vector<pk::pack_range> ranges;
+    std::vector<std::int64_t> offsets;
+    std::vector<std::uint32_t> memory;
+    pk::pack_side view;
+
+    one_side(const pk::pack_format& f, pk::side which)
+        : ranges(blocks * pk::range_count(f, which)),
+          offsets(pk::tile_count(f, blocks) + 1),
+          memory(pk::max_pack_bytes(f, which, blocks) / 4 + 4) {
+      void* p = memory.data();
+      std::size_t space = memory.size() * 4;
+      view = {ranges.data(), offsets.data(), static_cast<std::uint8_t*>(std::align(16, space - 16, p, space)),
+              pk::max_pack_bytes(f, which, blocks)};
+    }
+    pk::const_pack_side read() const { return {view.ranges, view.offsets, view.data, offsets.back()}; }
+  };
+  pk::pack_format format;
+  std::vector<std::uint16_t> keys, values;
+  one_side key, value;
+  pk::pack_report report;
+
+  static pk::pack_format make_format(pk::token_order order) {
+    pk::pack_format f;
+    f.order = order;
+    f.kv_heads = heads;
+    return f;
+  }
+  explicit packed_cache(pk::token_order order)
+      : format(make_format(order)),
+        keys(heads * length * dim),
+        values(keys.size()),
+        key(format, pk::side::key),
+        value(format, pk::side::value) {
+    packkv_test::random_source random(1);
+    for (auto& x : keys) x = pk::float_to_half(random.normal());
+    for (auto& x : values) x = pk::float_to_half(random.normal());
+  }
+  pk::status encode() {
+    return pk::reference::compress(format, pk::make_input(keys.data(), pk::dtype::float16, {1, heads, length, dim}),
+                                   pk::make_input(values.data(), pk::dtype::float16, {1, heads, length, dim}), blocks,
+                                   key.view, value.view, nullptr, report);
+  }
+  pk::status decode() {
+    return pk::reference::decompress(format, {key.read(), value.read(), blocks},
+                                     pk::make_output(keys.data(), pk::dtype::float16, {1, heads, length, dim}),
+                                     pk::make_output(values.data(), pk::dtype::float16, {1, heads, length, dim}));
+  }
+};
+
+template <pk::token_order Order>
+void encode_packs(benchmark::State& state) {
+  packed_cache cache(Order);
+  for (auto _ : state)
+    if (!cache.encode()) state.SkipWithError("compress was refused");
+  state.SetBytesProcessed(state.iterations() * packed_cache::bytes);
+}
+void decode_packs(benchmark::State& state) {
+  packed_cache cache(pk::token_order::none);
+  if (!cache.encode()) state.SkipWithError("compress was refused");
+  for (auto _ : state)
+    if (!cache.decode()) state.SkipWithError("decompress was refused");
+  state.SetBytesProcessed(state.iterations() * packed_cache::bytes);
+}
+
 BENCHMARK_TEMPLATE(encode, two_bit)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(encode, mixed)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(encode, fp8)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(decode, two_bit)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(decode, mixed)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_packs, pk::token_order::none)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_packs, pk::token_order::median)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_packs, pk::token_order::greedy)->Unit(benchmark::kMillisecond);
+BENCHMARK(decode_packs)->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-
 #include <packkv/reference/tile.hpp>
 
 #include "parallel.hpp"
@@ -27,7 +26,7 @@ struct tile_data {
 /// One worker's memory.
 struct worker_data {
   tile_data key, value;
-  std::vector<std::uint32_t> tile_bytes;
+  std::vector<std::uint32_t> scratch;
 };
 
 /// Softmax statistics and unnormalised outputs of some rows: two softmaxes (exact and coded scores), four outputs.
@@ -61,29 +60,24 @@ void load_tokens(const npy_array& a, int head, std::int64_t first, int count, fl
   for (std::int64_t i = 0; i < count * a.extent(2); ++i) x[i] = packkv::half_to_float(from[i]);
 }
 
-void load_tile(const npy_array& a, const coded_side* side, int head, std::int64_t first, int count,
-               std::vector<std::uint32_t>& bytes, tile_data& tile) {
+void load_tile(const npy_array& a, packkv::side which, const tile_source* coded, int head, std::int64_t first,
+               int count, std::vector<std::uint32_t>& scratch, tile_data& tile) {
   const int dim = static_cast<int>(a.extent(2));
   const std::size_t elements = static_cast<std::size_t>(tile_tokens) * static_cast<std::size_t>(dim);
   tile.exact.resize(elements);
   std::vector<float> x(elements);
   load_tokens(a, head, first, count, x.data());
   std::copy(x.begin(), x.end(), tile.exact.begin());
-  if (side == nullptr) return;
+  if (coded == nullptr) return;
   tile.coded.resize(elements);
-  bytes.resize(static_cast<std::size_t>(side->spec.tile_bytes()) / 4);
-  std::uint8_t* const tile_bytes = reinterpret_cast<std::uint8_t*>(bytes.data());
-  packkv::device_report ignored;
-  encode_tile(*side, x.data(), count, head, tile_bytes, ignored);
-  const packkv::detail::head_parameters p = packkv::detail::of_head(side->spec, side->parameters(), head);
-  for (int t = 0; t < count; ++t) packkv::reference::decode_token(side->spec, p, tile_bytes, t, x.data() + t * dim);
+  coded->code(which, head, first, count, scratch, x.data());
   std::copy_n(x.begin(), count * dim, tile.coded.begin());
 }
 
 /// Everything about one block of queries that its tasks share.
 struct block_job {
   const kv_cache& cache;
-  const coding* codec;
+  const tile_source* coded;
   const attention_rules& rules;
   int kv_head;
   std::int64_t first_row;
@@ -137,15 +131,15 @@ void add_tile(const block_job& job, const worker_data& tile, std::int64_t first,
     const bool raw = job.raw(begin + i, r);
     weights[0][i] = scale * dot(query, tile.key.exact.data() + slot * key_dim, key_dim);
     values[0][i] = tile.value.exact.data() + slot * value_dim;
-    if (job.codec == nullptr) continue;
+    if (job.coded == nullptr) continue;
     weights[1][i] = raw ? weights[0][i] : scale * dot(query, tile.key.coded.data() + slot * key_dim, key_dim);
     values[1][i] = raw ? values[0][i] : tile.value.coded.data() + slot * value_dim;
   }
   double keep[2] = {};
-  for (int s = 0; s < (job.codec != nullptr ? 2 : 1); ++s)
+  for (int s = 0; s < (job.coded != nullptr ? 2 : 1); ++s)
     keep[s] = to_weights(weights[s], visible, sums.maximum[s][static_cast<std::size_t>(r)],
                          sums.total[s][static_cast<std::size_t>(r)]);
-  for (int kind = 0; kind < (job.codec != nullptr ? 4 : 1); ++kind) {
+  for (int kind = 0; kind < (job.coded != nullptr ? 4 : 1); ++kind) {
     double* out = sums.output[kind].data() + static_cast<std::int64_t>(r) * value_dim;
     const int s = softmax_of(kind);
     if (keep[s] != 1.0)
@@ -160,10 +154,8 @@ void add_tiles(const block_job& job, std::int64_t first_tile, std::int64_t end_t
   for (std::int64_t tile = first_tile; tile < end_tile; ++tile) {
     const std::int64_t first = tile * tile_tokens;
     const int count = static_cast<int>(std::min<std::int64_t>(tile_tokens, cache.tokens() - first));
-    load_tile(cache.k, job.codec != nullptr ? &job.codec->key : nullptr, job.kv_head, first, count, worker.tile_bytes,
-              worker.key);
-    load_tile(cache.v, job.codec != nullptr ? &job.codec->value : nullptr, job.kv_head, first, count, worker.tile_bytes,
-              worker.value);
+    load_tile(cache.k, packkv::side::key, job.coded, job.kv_head, first, count, worker.scratch, worker.key);
+    load_tile(cache.v, packkv::side::value, job.coded, job.kv_head, first, count, worker.scratch, worker.value);
     for (int r = 0; r < job.rows; ++r) add_tile(job, worker, first, count, r, sums);
     line.advance(1);
   }
@@ -194,7 +186,26 @@ void merge_chunks(const std::vector<partial_sums>& chunks, bool coded, attention
 
 }  // namespace
 
-void stream_attention(const kv_cache& cache, const coding* codec, const attention_rules& rules, int threads,
+void tile_codec::code(packkv::side which, int head, std::int64_t, int count, std::vector<std::uint32_t>& scratch,
+                      float* x) const {
+  const coded_side& s = which == packkv::side::key ? codec_.key : codec_.value;
+  scratch.resize(static_cast<std::size_t>(s.spec.tile_bytes()) / 4);
+  std::uint8_t* const bytes = reinterpret_cast<std::uint8_t*>(scratch.data());
+  packkv::device_report ignored;
+  encode_tile(s, x, count, head, bytes, ignored);
+  const packkv::detail::head_parameters p = packkv::detail::of_head(s.spec, s.parameters(), head);
+  for (int t = 0; t < count; ++t) packkv::reference::decode_token(s.spec, p, bytes, t, x + t * s.spec.head_dim);
+}
+
+void decoded_tiles::code(packkv::side which, int head, std::int64_t first, int count, std::vector<std::uint32_t>&,
+                         float* x) const {
+  const bool key = which == packkv::side::key;
+  const std::int64_t dim = key ? cache_.key_dim() : cache_.value_dim();
+  const std::int64_t coded = std::clamp<std::int64_t>(coded_.tokens - first, 0, count);
+  std::copy_n((key ? coded_.k : coded_.v).data() + (head * coded_.tokens + first) * dim * (coded > 0), coded * dim, x);
+}
+
+void stream_attention(const kv_cache& cache, const tile_source* coded, const attention_rules& rules, int threads,
                       progress& line, const block_sink& sink) {
   const std::int64_t head_rows = cache.queries() * cache.group();
   std::vector<worker_data> workers(static_cast<std::size_t>(threads));
@@ -204,20 +215,20 @@ void stream_attention(const kv_cache& cache, const coding* codec, const attentio
   for (int head = 0; head < cache.kv_heads(); ++head)
     for (std::int64_t first_row = 0; first_row < head_rows; first_row += block_rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(block_rows, head_rows - first_row));
-      block_job job{cache, codec, rules, head, first_row, rows, {}};
+      block_job job{cache, coded, rules, head, first_row, rows, {}};
       load_queries(job);
       const std::int64_t first_tile = job.first_visible(0) / tile_tokens,
                          end_tile = job.position(rows - 1) / tile_tokens + 1;
       const std::int64_t tiles = end_tile - first_tile;
       const int count = static_cast<int>(std::clamp<std::int64_t>(tiles / min_chunk_tiles, 1, max_chunks));
       chunks.resize(static_cast<std::size_t>(count));
-      for (partial_sums& chunk : chunks) chunk.reset(rows, cache.value_dim(), codec != nullptr);
+      for (partial_sums& chunk : chunks) chunk.reset(rows, cache.value_dim(), coded != nullptr);
       parallel_for(count, threads, [&](int i, int worker) {
         add_tiles(job, first_tile + tiles * i / count, first_tile + tiles * (i + 1) / count,
                   workers[static_cast<std::size_t>(worker)], chunks[static_cast<std::size_t>(i)], line);
       });
       attention_block block{head, first_row, rows, cache.value_dim(), {}};
-      merge_chunks(chunks, codec != nullptr, block);
+      merge_chunks(chunks, coded != nullptr, block);
       sink(block);
     }
 }

@@ -11,6 +11,7 @@
 
 #include "cache.hpp"
 #include "spec.hpp"
+#include "whole_cache.hpp"
 
 namespace evaluate {
 
@@ -30,7 +31,8 @@ struct coded_side {
 
 struct coding {
   std::string text;  ///< the SPEC as given
-  coded_side key, value;
+  coded_side key, value;         ///< formats of tiles that stand for themselves
+  whole_cache_coder whole_cache;  ///< formats of whole caches; where set, the sides are not used
 };
 
 /// Meets a choice with the shapes of `cache`. `calibration` is null if there are no calibration files.

@@ -54,13 +54,34 @@ void count_bytes(const kv_cache& cache, const coding& codec, const attention_rul
   r.model_bytes = codec.key.model_bytes() + codec.value.model_bytes();
 }
 
+void count_bytes(const kv_cache& cache, const coded_cache& coded, const attention_rules& rules, result& r) {
+  const std::int64_t tail = cache.tokens() - coded.tokens;
+  const std::int64_t sinks = std::min<std::int64_t>(rules.sinks, coded.tokens);
+  const std::int64_t ring = rules.recent > 0 ? std::max<std::int64_t>(rules.recent + cache.queries() - 1 - tail, 0) : 0;
+  const double dims = cache.key_dim() + cache.value_dim(), heads = cache.kv_heads();
+  const double raw_bytes = static_cast<double>(tail + sinks + ring) * 2.0 * dims * heads;
+  const double key_bytes = static_cast<double>(coded.key_bytes), value_bytes = static_cast<double>(coded.value_bytes);
+  const double vectors = static_cast<double>(coded.tokens) * heads;
+  r.tokens = cache.tokens();
+  r.coded_tokens = coded.tokens;
+  r.bits_per_value_k = coded.tokens > 0 ? 8.0 * key_bytes / (vectors * cache.key_dim()) : 16.0;
+  r.bits_per_value_v = coded.tokens > 0 ? 8.0 * value_bytes / (vectors * cache.value_dim()) : 16.0;
+  r.total_bits_per_value =
+      8.0 * (key_bytes + value_bytes + raw_bytes) / (static_cast<double>(cache.tokens()) * dims * heads);
+  r.model_bytes = coded.model_bytes;
+}
+
 outcome evaluator::run(const coding& codec, result& r) {
   r = {};
-  count_bytes(cache_, codec, rules_, r);
-  if (gpu_name_.empty())
-    run_cpu(codec, r);
-  else if (outcome o = run_gpu(codec, r); !o)
-    return o;
+  if (codec.whole_cache) {
+    if (outcome o = run_whole(codec, r); !o) return o;
+  } else {
+    count_bytes(cache_, codec, rules_, r);
+    if (gpu_name_.empty())
+      run_cpu(codec, r);
+    else if (outcome o = run_gpu(codec, r); !o)
+      return o;
+  }
   if (!std::isfinite(r.error_k + r.error_v + r.error_attention + r.error_attention_max))
     return failure("codec '" + codec.text + "': the coded cache gives non-finite attention (a scale is out of range)");
   return {};
@@ -68,9 +89,23 @@ outcome evaluator::run(const coding& codec, result& r) {
 
 void evaluator::run_cpu(const coding& codec, result& r) const {
   if (codec.key.spec.leading > 0) r.leading_clamps = encode_all(cache_, codec, threads_).leading_clamps;
+  attend(tile_codec(codec), codec.text, r);
+}
+
+outcome evaluator::run_whole(const coding& codec, result& r) const {
+  coded_cache coded;
+  if (outcome o = codec.whole_cache(cache_, coded); !o) return failure("codec '" + codec.text + "': " + o.error());
+  count_bytes(cache_, coded, rules_, r);
+  r.codec = codec.text;
+  r.figures = coded.figures;
+  attend(decoded_tiles(cache_, coded), codec.text, r);
+  return {};
+}
+
+void evaluator::attend(const tile_source& source, const std::string& label, result& r) const {
   error_sum errors[output_kinds];
-  progress line(codec.text);
-  stream_attention(cache_, &codec, rules_, threads_, line, [&](const attention_block& b) {
+  progress line(label);
+  stream_attention(cache_, &source, rules_, threads_, line, [&](const attention_block& b) {
     for (int kind = key_output; kind < output_kinds; ++kind)
       for (int row = 0; row < b.rows; ++row)
         errors[kind].add(

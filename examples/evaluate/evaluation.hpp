@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -21,11 +22,15 @@ struct result {
   std::int64_t model_bytes = 0;                           ///< static columns, permutations, leading scales of all heads
   double error_k = 0.0, error_v = 0.0, error_attention = 0.0, error_attention_max = 0.0;
   std::uint64_t leading_clamps = 0;
+  std::vector<std::pair<std::string, double>> figures;  ///< further fields of a format
   std::string device = "cpu";
 };
 
 /// Fills the sizes of a result from shapes alone.
 void count_bytes(const kv_cache& cache, const coding& codec, const attention_rules& rules, result& r);
+/// The same for a cache that has been coded as a whole. Its own 16-bit tokens, and sinks and ring as far as they are not
+/// among these, are in the total. Where nothing is coded, values have 16 bits.
+void count_bytes(const kv_cache& cache, const coded_cache& coded, const attention_rules& rules, result& r);
 
 /// Evaluates codecs on one cache. The reference is computed on the CPU in double, whatever the device.
 class evaluator {
@@ -33,13 +38,15 @@ class evaluator {
   /// `cache` must outlive the evaluator.
   evaluator(const kv_cache& cache, const attention_rules& rules, int threads)
       : cache_(cache), rules_(rules), threads_(threads) {}
-  /// From now on attention on coded tiles runs on this GPU.
+  /// From now on attention on coded tiles runs on this GPU; formats of whole caches stay on the CPU.
   void use_gpu(const std::string& name) { gpu_name_ = name; }
 
   outcome run(const coding& codec, result& r);
 
  private:
+  void attend(const tile_source& source, const std::string& label, result& r) const;
   void run_cpu(const coding& codec, result& r) const;
+  outcome run_whole(const coding& codec, result& r) const;
   outcome run_gpu(const coding& codec, result& r);
 
   const kv_cache& cache_;

@@ -48,6 +48,9 @@ outcome evaluate_all(const options& o, const kv_cache& cache, const kv_cache* ca
   std::vector<coding> codecs(o.codecs.size());
   for (std::size_t i = 0; i < codecs.size(); ++i)  // all of them first: a mistake in the last SPEC is found at once
     if (outcome s = make_coding(o.codecs[i], cache, calibration, threads, codecs[i]); !s) return s;
+  for (const coding& codec : codecs)
+    if (o.device == device_choice::gpu && codec.whole_cache)
+      return failure("codec '" + codec.text + "' has no kernels yet: --device cpu or auto evaluates it on the CPU");
   std::vector<result> results(codecs.size());
   for (std::size_t i = 0; i < codecs.size(); ++i)
     if (outcome s = e.run(codecs[i], results[i]); !s) return s;

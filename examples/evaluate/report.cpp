@@ -29,6 +29,16 @@ std::string percent(double error) {
   return format(p < 1.0 ? "%.3f %%" : p < 10.0 ? "%.2f %%" : "%.1f %%", p);
 }
 
+/// The devices of all results, each once, in order of their first result.
+std::string devices(const std::vector<result>& results) {
+  std::vector<std::string> names;
+  for (const result& r : results)
+    if (std::find(names.begin(), names.end(), r.device) == names.end()) names.push_back(r.device);
+  std::string text = names.front();
+  for (std::size_t i = 1; i < names.size(); ++i) text += " or " + names[i];
+  return text;
+}
+
 }  // namespace
 
 std::string to_json(const std::vector<result>& results) {
@@ -47,6 +57,7 @@ std::string to_json(const std::vector<result>& results) {
     o.add("error_attention", r.error_attention);
     o.add("error_attention_max", r.error_attention_max);
     o.add("leading_clamps", static_cast<std::int64_t>(r.leading_clamps));
+    for (const auto& [name, value] : r.figures) o.add(name, value);
     o.add("device", r.device);
     text += (text.size() > 1 ? ",\n " : "\n ") + o.str();
   }
@@ -62,7 +73,7 @@ std::string to_table(const kv_cache& cache, const attention_rules& rules, const 
                  static_cast<int>(rules.recent));
   text += results.empty()
               ? "\n\n"
-              : "\nattention on coded tiles: " + results.front().device + "; reference: cpu, double precision\n\n";
+              : "\nattention on coded tiles: " + devices(results) + "; reference: cpu, double precision\n\n";
 
   std::size_t width = 5;
   for (const result& r : results) width = std::max(width, r.codec.size());

@@ -3,6 +3,7 @@
 #include "spec.hpp"
 
 #include <cstddef>
+#include <iterator>
 #include <set>
 
 #include "text.hpp"
@@ -26,11 +27,27 @@ struct name_entry {
   const char* example;
   const key_entry* keys;
   std::size_t key_count;
+  void (*begin)(const std::string& name, codec_choice&);                           ///< sets the defaults
+  bool (*parse)(const std::string& key, const std::string& value, codec_choice&);  ///< one key of `keys`
+  std::string (*finish)(const std::set<std::string>& given, codec_choice&);  ///< what is wrong, or an empty string
 };
 
 constexpr key_entry fp8_keys[] = {
     {"k_scale", "NUMBER", "largest |k| / 448", "K is stored divided by this"},
     {"v_scale", "NUMBER", "largest |v| / 448", "V is stored divided by this"},
+};
+
+constexpr key_entry pack_keys[] = {
+    {"quant", "token|vector|channel|block", "token",
+     "what shares a step: a token of all heads, a token of a head, 64 tokens of a channel, a block of 64 tokens"},
+    {"quant_k", "as quant", "quant", "the same, for K"},
+    {"quant_v", "as quant", "quant", "the same, for V"},
+    {"r", "NUMBER", "0.1", "step of a group / (its largest - its smallest element), at most 1"},
+    {"r_k", "NUMBER", "r", "the same, for K"},
+    {"r_v", "NUMBER", "r", "the same, for V"},
+    {"zero", "int|float", "int", "zero point: a multiple of the step, or the group's smallest element"},
+    {"order", "none|median|greedy", "greedy", "order of the tokens within 64; K and V share it"},
+    {"pack", "2|4|8|16|32", "16", "tokens of a pack, which has a minimum and a width for each channel"},
 };
 
 constexpr key_entry plan_keys[] = {
@@ -46,28 +63,6 @@ constexpr key_entry plan_keys[] = {
     {"k_scale", "NUMBER", "largest |k| / 448", "with k=fp8 only"},
     {"v_scale", "NUMBER", "largest |v| / 448", "with v=fp8 only"},
 };
-
-constexpr name_entry names[] = {
-    {"fp16", "both sides as IEEE half: the baseline, lossless here", "fp16", nullptr, 0},
-    {"bf16", "both sides as bfloat16", "bf16", nullptr, 0},
-    {"fp8", "both sides as FP8 E4M3 with one scale per tensor", "fp8:k_scale=0.05,v_scale=0.01", fp8_keys, 2},
-    {"plan",
-     "fixed widths per strip of channels and a 16-bit scale per token; WIDTHS: 0 1 2 3 4 8, widest first, or one for "
-     "all",
-     "plan:k=4.2.1.1,v=2.2.2.2.2.2.2.2,transform_v=hadamard", plan_keys, 9},
-};
-
-const name_entry* find_name(const std::string& name) {
-  for (const name_entry& entry : names)
-    if (name == entry.name) return &entry;
-  return nullptr;
-}
-
-bool has_key(const name_entry& entry, const std::string& key) {
-  for (std::size_t i = 0; i < entry.key_count; ++i)
-    if (key == entry.keys[i].name) return true;
-  return false;
-}
 
 bool parse_kind(const std::string& text, codec_kind& kind) {
   if (text == "fp16")
@@ -143,6 +138,57 @@ std::string contradiction(const std::set<std::string>& given, const codec_choice
   return {};
 }
 
+void begin_elements(const std::string& name, codec_choice& c) {
+  if (parse_kind(name, c.key.kind)) c.value.kind = c.key.kind;
+}
+std::string finish_elements(const std::set<std::string>&, codec_choice&) { return {}; }
+
+void begin_plan(const std::string&, codec_choice& c) { c.value.transform = transform_kind::hadamard; }
+std::string finish_plan(const std::set<std::string>& given, codec_choice& c) {
+  const std::string what = contradiction(given, c);
+  if (what.empty() && c.value.kind != codec_kind::plan) c.value.transform = transform_kind::identity;
+  return what;
+}
+
+void begin_packs(const std::string&, codec_choice& c) { c.packs.emplace(); }
+bool parse_packs(const std::string& key, const std::string& value, codec_choice& c) {
+  return parse_pack_value(key, value, *c.packs);
+}
+std::string finish_pack_choice(const std::set<std::string>& given, codec_choice& c) {
+  return finish_packs(given, *c.packs);
+}
+
+constexpr name_entry names[] = {
+    {"fp16", "both sides as IEEE half: the baseline, lossless here", "fp16", nullptr, 0, begin_elements, parse_value,
+     finish_elements},
+    {"bf16", "both sides as bfloat16", "bf16", nullptr, 0, begin_elements, parse_value, finish_elements},
+    {"fp8", "both sides as FP8 E4M3 with one scale per tensor", "fp8:k_scale=0.05,v_scale=0.01", fp8_keys,
+     std::size(fp8_keys), begin_elements, parse_value, finish_elements},
+    {"plan",
+     "fixed widths per strip of channels and a 16-bit scale per token; WIDTHS: 0 1 2 3 4 8, widest first, or one for "
+     "all",
+     "plan:k=4.2.1.1,v=2.2.2.2.2.2.2.2,transform_v=hadamard", plan_keys, std::size(plan_keys), begin_plan, parse_value,
+     finish_plan},
+    {"packkv",
+     "PackKV as published: relative steps, tokens reordered, packs of a minimum and a width; the newest 128..191 "
+     "tokens "
+     "stay 16-bit; on the CPU",
+     "packkv:quant=token,r=0.1,zero=int,order=greedy,pack=16", pack_keys, std::size(pack_keys), begin_packs,
+     parse_packs, finish_pack_choice},
+};
+
+const name_entry* find_name(const std::string& name) {
+  for (const name_entry& entry : names)
+    if (name == entry.name) return &entry;
+  return nullptr;
+}
+
+bool has_key(const name_entry& entry, const std::string& key) {
+  for (std::size_t i = 0; i < entry.key_count; ++i)
+    if (key == entry.keys[i].name) return true;
+  return false;
+}
+
 }  // namespace
 
 outcome parse_spec(const std::string& text, codec_choice& choice) {
@@ -152,12 +198,7 @@ outcome parse_spec(const std::string& text, codec_choice& choice) {
   if (entry == nullptr) return wrong("unknown name (--list shows all)");
   choice = {};
   choice.text = text;
-  const bool is_plan = std::string(entry->name) == "plan";
-  if (is_plan)
-    choice.value.transform = transform_kind::hadamard;
-  else if (parse_kind(entry->name, choice.key.kind))
-    choice.value.kind = choice.key.kind;
-
+  entry->begin(entry->name, choice);
   std::set<std::string> given;
   if (colon != std::string::npos) {
     for (const std::string& field : split(text.substr(colon + 1), ',')) {
@@ -166,12 +207,10 @@ outcome parse_spec(const std::string& text, codec_choice& choice) {
       if (equals == std::string::npos) return wrong("'" + field + "' is not key=value");
       if (!has_key(*entry, key)) return wrong("unknown key '" + key + "'");
       if (!given.insert(key).second) return wrong("key '" + key + "' is given twice");
-      if (!parse_value(key, field.substr(equals + 1), choice)) return wrong("bad value in '" + field + "'");
+      if (!entry->parse(key, field.substr(equals + 1), choice)) return wrong("bad value in '" + field + "'");
     }
   }
-  if (!is_plan) return {};
-  if (const std::string what = contradiction(given, choice); !what.empty()) return wrong(what);
-  if (choice.value.kind != codec_kind::plan) choice.value.transform = transform_kind::identity;
+  if (const std::string what = entry->finish(given, choice); !what.empty()) return wrong(what);
   return {};
 }
 

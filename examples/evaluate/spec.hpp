@@ -4,11 +4,13 @@
 //   codec_choice c;   if (outcome o = parse_spec("plan:k=4.2.1.1,v=2", c); !o) return o;
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include <packkv/codec/codec.hpp>
 
 #include "outcome.hpp"
+#include "packs.hpp"
 
 namespace evaluate {
 
@@ -29,6 +31,7 @@ struct codec_choice {
   std::string text;
   side_choice key, value;
   step_choice steps = step_choice::automatic;
+  std::optional<pack_choice> packs;  ///< packkv; the fields above are not used then
 };
 
 /// Parses a SPEC. Unknown names and keys, keys given twice and bad values are failures.

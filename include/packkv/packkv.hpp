@@ -9,6 +9,9 @@
 #include <packkv/codec/grouped.hpp>
 #include <packkv/codec/grouped_quantize.hpp>
 #include <packkv/codec/layout.hpp>
+#include <packkv/codec/pack_checks.hpp>
+#include <packkv/codec/pack_format.hpp>
+#include <packkv/codec/pack_quantize.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/parameters.hpp>
 #include <packkv/codec/quantize.hpp>
@@ -19,5 +22,7 @@
 #include <packkv/reference/compress.hpp>
 #include <packkv/reference/grouped.hpp>
 #include <packkv/reference/grouped_attention.hpp>
+#include <packkv/reference/pack_attention.hpp>
+#include <packkv/reference/packs.hpp>
 #include <packkv/reference/strip_adaptive.hpp>
 #include <packkv/reference/tile.hpp>

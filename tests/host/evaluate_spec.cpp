@@ -117,8 +117,8 @@ TEST_CASE("evaluate spec: every mistake is refused") {
 
 TEST_CASE("evaluate spec: the list names every codec and key") {
   const std::string list = evaluate::list_codecs();
-  for (const char* word :
-       {"fp16", "bf16", "fp8", "plan", "k_scale", "v_scale", "transform_k", "transform_v", "leading", "center_k", "steps"})
+  for (const char* word : {"fp16", "bf16", "fp8", "plan", "k_scale", "v_scale", "transform_k", "transform_v", "leading",
+                           "center_k", "steps"})
     CHECK(list.find(word) != std::string::npos);
 }
 
@@ -168,4 +168,54 @@ TEST_CASE("evaluate options: good values are taken, mistakes are refused") {
   CHECK_FALSE(evaluate::parse_options({"--k", "a", "--v", "b", "--q", "c"}, none));
   CHECK(evaluate::parse_options({"--help"}, none));
   CHECK(evaluate::parse_options({"--list"}, none));
+}
+
+TEST_CASE("evaluate spec: packkv has documented defaults and takes every key") {
+  const codec_choice d = parsed("packkv");
+  REQUIRE(d.packs);
+  for (const packkv::pack_codec& side : {d.packs->format.key, d.packs->format.value}) {
+    CHECK(side.granularity == packkv::pack_granularity::token);
+    CHECK(side.zero == packkv::pack_zero::integer);
+    CHECK(side.relative_step == 0.1f);
+  }
+  CHECK(d.packs->format.order == packkv::token_order::greedy);
+  CHECK(d.packs->format.pack_size == 16);
+  const codec_choice c = parsed("packkv:pack=4,order=median,zero=float,r_v=0.05,r=0.2,quant=vector,quant_k=channel");
+  CHECK(c.packs->format.pack_size == 4);
+  CHECK(c.packs->format.order == packkv::token_order::median);
+  CHECK(c.packs->format.key.zero == packkv::pack_zero::floating);
+  CHECK(c.packs->format.value.zero == packkv::pack_zero::floating);
+  CHECK(c.packs->format.key.relative_step == 0.2f);
+  CHECK(c.packs->format.value.relative_step == 0.05f);
+  CHECK(c.packs->format.key.granularity == packkv::pack_granularity::channel);
+  CHECK(c.packs->format.value.granularity == packkv::pack_granularity::vector);
+  CHECK_FALSE(parsed("plan:k=2,v=2").packs);
+  for (const char* text : {"packkv:",
+                           "packkv:quant=head",
+                           "packkv:quant=",
+                           "packkv:r=0",
+                           "packkv:r=-0.1",
+                           "packkv:r=1.01",
+                           "packkv:r=nan",
+                           "packkv:r_k=",
+                           "packkv:zero=integer",
+                           "packkv:order=random",
+                           "packkv:pack=1",
+                           "packkv:pack=64",
+                           "packkv:pack=12",
+                           "packkv:pack=016x",
+                           "packkv:bits=2",
+                           "packkv:k=2",
+                           "packkv:r=0.1,r=0.1",
+                           "packkv:r=0.1,r_k=0.1,r_v=0.2",
+                           "packkv:quant=token,quant_k=token,quant_v=token",
+                           "fp16:r=0.1",
+                           "plan:k=2,v=2,r=0.1"}) {
+    INFO(text);
+    CHECK_FALSE(spec_error(text).empty());
+  }
+  const std::string list = evaluate::list_codecs();
+  for (const char* word : {"packkv", "quant=token|vector|channel|block", "r_k", "zero=int|float",
+                           "order=none|median|greedy", "pack=2|4|8|16|32"})
+    CHECK(list.find(word) != std::string::npos);
 }

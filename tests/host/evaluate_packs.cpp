@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+// evaluate with packkv, against the naive PackKV of pack_naive.hpp: payload, published ratio, honest bits, errors; on
+// random caches, on the sample and, where they are, on caches of other models.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <evaluate/npy.hpp>
+#include <evaluate/program.hpp>
+#include <filesystem>
+#include <map>
+#include <memory>
+
+#include "../support/catch.hpp"
+#include "evaluate_files.hpp"
+#include "pack_naive.hpp"
+
+using packkv_test::tensor;
+
+namespace {
+
+struct cache_paths {
+  std::string k, v, q;
+  std::vector<std::string> arguments() const { return {"--k", k, "--v", v, "--q", q}; }
+};
+
+tensor load(const std::string& path) {
+  evaluate::npy_array a;
+  REQUIRE(evaluate::npy_array::open(path, a));
+  return {{a.extent(0), a.extent(1), a.extent(2)}, std::vector<std::uint16_t>(a.data(), a.data() + a.elements())};
+}
+
+evaluate::outcome run(const cache_paths& paths, const std::vector<std::string>& extra, std::string& json) {
+  std::vector<std::string> arguments = paths.arguments();
+  arguments.insert(arguments.end(), extra.begin(), extra.end());
+  arguments.insert(arguments.end(), {"--json", "-"});
+  evaluate::program_output output;
+  evaluate::outcome o = evaluate::run_program(arguments, output);
+  json = output.standard;
+  return o;
+}
+
+double field(const std::string& json, const std::string& name) {
+  const std::size_t at = json.find("\"" + name + "\": ");
+  INFO(name << " in " << json);
+  REQUIRE(at != std::string::npos);
+  return std::strtod(json.c_str() + at + name.size() + 4, nullptr);
+}
+
+struct setting {
+  naive::group granularity;
+  naive::zero zero;
+  naive::order order;
+  int pack;
+  float r;
+  std::int64_t sinks = 0, recent = 0;
+
+  std::string spec() const {
+    const char *g[] = {"token", "vector", "channel", "block"}, *z[] = {"int", "float"},
+               *o[] = {"none", "median", "greedy"};
+    char text[128];
+    std::snprintf(text, sizeof text, "packkv:quant=%s,r=%.9g,zero=%s,order=%s,pack=%d",
+                  g[static_cast<int>(granularity)], static_cast<double>(r), z[static_cast<int>(zero)],
+                  o[static_cast<int>(order)], pack);
+    return text;
+  }
+};
+
+/// Everything that evaluate reports, from loops.
+std::map<std::string, double> expected(const tensor& k, const tensor& v, const tensor& q, const setting& s) {
+  const std::int64_t heads = k.extent[0], tokens = k.extent[1];
+  const std::int64_t blocks = tokens < 192 ? 0 : (tokens + 64 - tokens % 64 - 192) / 64;
+  naive::sizes sizes[2];
+  std::vector<double> coded[2];
+  for (int side = 0; side < 2; ++side)
+    for (std::int64_t h = 0; h < heads; ++h)
+      for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t c = 0; c < (side == 0 ? k : v).extent[2]; ++c)
+          coded[side].push_back((side == 0 ? k : v).at(h, t, c));
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    naive::quantised codes[2];
+    naive::block x[2];
+    std::vector<naive::integers> vectors(64);
+    std::size_t first_value = 0;
+    for (int side = 0; side < 2; ++side) {
+      const tensor& from = side == 0 ? k : v;
+      first_value = vectors[0].size();
+      x[side].heads = static_cast<int>(heads);
+      x[side].dim = static_cast<int>(from.extent[2]);
+      for (int h = 0; h < x[side].heads; ++h)
+        for (int t = 0; t < 64; ++t)
+          for (int c = 0; c < x[side].dim; ++c) x[side].x.push_back(static_cast<float>(from.at(h, block * 64 + t, c)));
+      codes[side] = naive::quantise(x[side], s.granularity, s.zero, s.r);
+      for (int t = 0; t < 64; ++t)
+        for (int h = 0; h < x[side].heads; ++h)
+          for (int c = 0; c < x[side].dim; ++c) {
+            const std::size_t at = x[side].at(h, t, c);
+            vectors[static_cast<std::size_t>(t)].push_back(codes[side].code[at]);
+            coded[side][from.index(h, block * 64 + t, c)] = static_cast<double>(codes[side].value[at]);
+          }
+    }
+    const naive::integers order = naive::find_order(s.order, s.pack, vectors, first_value);
+    for (int side = 0; side < 2; ++side)
+      for (int h = 0; h < x[side].heads; ++h)
+        for (int c = 0; c < x[side].dim; ++c) {
+          naive::integers slots;
+          for (const int t : order) slots.push_back(codes[side].code[x[side].at(h, t, c)]);
+          sizes[side].add(slots, s.pack);
+        }
+  }
+  std::map<std::string, double> e;
+  for (int side = 0; side < 2; ++side) {
+    const std::string name = side == 0 ? "_k" : "_v";
+    e["packkv_payload_bits" + name] =
+        static_cast<double>(sizes[side].payload) / static_cast<double>(sizes[side].values);
+    e["packkv_published_ratio" + name] = sizes[side].ratio();
+  }
+  const std::int64_t n = q.extent[1], group = q.extent[0] / heads;
+  const double scale = static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(k.extent[2]))));
+  const char* names[] = {"", "error_k", "error_v", "error_attention"};
+  for (std::int64_t h = 0; h < q.extent[0]; ++h)
+    for (std::int64_t i = 0; i < n; ++i) {
+      std::vector<double> out[4];
+      for (int kind = 0; kind < 4; ++kind) {
+        const std::int64_t position = tokens - n + i;
+        std::vector<double> scores;
+        double largest = -1e300, total = 0.0;
+        const auto raw = [&](std::int64_t t) { return t < s.sinks || (s.recent > 0 && t > position - s.recent); };
+        for (std::int64_t t = 0; t <= position; ++t) {
+          double sum = 0.0;
+          for (std::int64_t c = 0; c < k.extent[2]; ++c)
+            sum += q.at(h, i, c) *
+                   ((kind & 1) != 0 && !raw(t) ? coded[0][k.index(h / group, t, c)] : k.at(h / group, t, c));
+          scores.push_back(scale * sum);
+          largest = std::max(largest, scores.back());
+        }
+        out[kind].assign(static_cast<std::size_t>(v.extent[2]), 0.0);
+        for (std::int64_t t = 0; t <= position; ++t) {
+          const double w = std::exp(scores[static_cast<std::size_t>(t)] - largest);
+          total += w;
+          for (std::int64_t c = 0; c < v.extent[2]; ++c)
+            out[kind][static_cast<std::size_t>(c)] +=
+                w * ((kind & 2) != 0 && !raw(t) ? coded[1][v.index(h / group, t, c)] : v.at(h / group, t, c));
+        }
+        for (double& y : out[kind]) y /= total;
+      }
+      for (int kind = 1; kind < 4; ++kind) {
+        double difference = 0.0, norm = 0.0;
+        for (std::size_t c = 0; c < out[0].size(); ++c) {
+          difference += (out[kind][c] - out[0][c]) * (out[kind][c] - out[0][c]);
+          norm += out[0][c] * out[0][c];
+        }
+        e[names[kind]] += std::sqrt(difference / norm) / static_cast<double>(q.extent[0] * n);
+      }
+    }
+  return e;
+}
+
+void check_cache(const cache_paths& paths, const setting& s) {
+  std::string json;
+  const evaluate::outcome o = run(paths,
+                                  {"--codec", s.spec(), "--device", "cpu", "--sinks", std::to_string(s.sinks),
+                                   "--recent", std::to_string(s.recent)},
+                                  json);
+  INFO(s.spec() << " on " << paths.k << ": " << o.error());
+  REQUIRE(o);
+  for (const auto& [name, value] : expected(load(paths.k), load(paths.v), load(paths.q), s)) {
+    INFO(name << ": " << field(json, name) << " and naively " << value);
+    CHECK(std::fabs(field(json, name) - value) <= 1e-6 * std::fabs(value));
+  }
+}
+
+constexpr setting settings[] = {
+    {naive::group::token, naive::zero::integer, naive::order::greedy, 16, 0.1f},
+    {naive::group::vector, naive::zero::floating, naive::order::median, 8, 0.2f, 4, 200},
+    {naive::group::channel, naive::zero::integer, naive::order::none, 32, 0.1f, 16, 8},
+};
+
+}  // namespace
+
+TEST_CASE("evaluate packkv: the sample's payload, ratios and errors are the naive ones", "[packs]") {
+  const std::string folder = PACKKV_SAMPLE_DATA;
+  for (const setting& s : settings) check_cache({folder + "/k.npy", folder + "/v.npy", folder + "/q.npy"}, s);
+}
+
+TEST_CASE("evaluate packkv: real caches of other models give the naive payload, ratios and errors", "[packs]") {
+  const std::string root = PACKKV_SHARED_DATA;
+  int found = 0;
+  for (const char* layer : {"qwen2.5-coder-0.5b/textB/L00", "qwen2.5-coder-1.5b/textB/L18", "gemma3-270m/textB/L05"}) {
+    const std::string stem = root + "/" + layer;
+    if (!std::filesystem::exists(stem + ".k.npy")) continue;
+    check_cache({stem + ".k.npy", stem + ".v.npy", stem + ".q.npy"}, settings[found % 3]);
+    ++found;
+  }
+  if (found == 0) std::printf("SKIPPED: no real caches in %s\n", root.c_str());
+}
+
+TEST_CASE("evaluate packkv: bits count every byte, the 16-bit tail, sinks and recent tokens", "[packs]") {
+  const packkv_test::temporary_folder folder;
+  const packkv_test::cache_files f(folder, "", 71, 2, 2, 64 * 5 + 7, 3, 64, 128);
+  const cache_paths paths{f.k_path, f.v_path, f.q_path};
+  const double coded = 128.0 + 64.0, tokens = 327.0;  // (327 + 64 - 7 - 192) / 64 = 3 blocks
+  const auto total = [&](const std::string& json, double raw) {
+    const double k = field(json, "bits_per_value_k"), v = field(json, "bits_per_value_v");
+    CHECK(field(json, "coded_tokens") == coded);
+    CHECK(field(json, "tokens") == tokens);
+    // Ranges (4 bytes a token) and offsets (8 a tile and 8) are stored beside the payload.
+    CHECK(8.0 * (coded * 4 + 7 * 8) / (coded * 2 * 64) + field(json, "packkv_payload_bits_k") < k);
+    const double bits = (coded * 2 * (64 * k + 128 * v) + raw * 16 * 2 * 192) / (tokens * 2 * 192);
+    CHECK(std::fabs(field(json, "total_bits_per_value") - bits) < 1e-9);
+  };
+  std::string json;
+  REQUIRE(run(paths, {"--codec", "packkv"}, json));
+  total(json, tokens - coded);
+  CHECK(json.find("\"device\": \"cpu\"") != std::string::npos);
+  REQUIRE(run(paths, {"--codec", "packkv", "--sinks", "16", "--recent", "133"}, json));
+  total(json, tokens - coded + 16);  // 133 + 3 - 1 recent tokens are in the tail of 135
+  REQUIRE(run(paths, {"--codec", "packkv", "--sinks", "300", "--recent", "140"}, json));
+  total(json, tokens - coded + coded + 7);  // sinks among the coded tokens, and 142 - 135 more recent ones
+}
+
+TEST_CASE("evaluate packkv: a cache too short for a block stays 16-bit", "[packs]") {
+  const packkv_test::temporary_folder folder;
+  const packkv_test::cache_files f(folder, "", 72, 1, 1, 191, 1, 64, 64);
+  std::string json;
+  REQUIRE(run({f.k_path, f.v_path, f.q_path}, {"--codec", "packkv"}, json));
+  CHECK(field(json, "coded_tokens") == 0.0);
+  CHECK(field(json, "error_attention") == 0.0);
+  for (const char* name : {"bits_per_value_k", "bits_per_value_v", "total_bits_per_value", "packkv_payload_bits_k"})
+    CHECK(field(json, name) == 16.0);
+  CHECK(field(json, "packkv_published_ratio_v") == 1.0);
+}
+
+TEST_CASE("evaluate packkv: too small a step and the GPU are refused by name", "[packs]") {
+  const packkv_test::temporary_folder folder;
+  const packkv_test::cache_files f(folder, "", 73, 1, 1, 256, 1, 64, 64);
+  const cache_paths paths{f.k_path, f.v_path, f.q_path};
+  std::string json;
+  const evaluate::outcome o = run(paths, {"--codec", "packkv:r=0.001"}, json);
+  CHECK(o.error().find("8 bits") != std::string::npos);
+  CHECK(o.error().find("packkv:r=0.001") != std::string::npos);
+  CHECK_FALSE(run(paths, {"--codec", "packkv", "--device", "gpu"}, json));
+}
