@@ -62,12 +62,15 @@ void count_bytes(const kv_cache& cache, const coded_cache& coded, const attentio
   const double raw_bytes = static_cast<double>(tail + sinks + ring) * 2.0 * dims * heads;
   const double key_bytes = static_cast<double>(coded.key_bytes), value_bytes = static_cast<double>(coded.value_bytes);
   const double vectors = static_cast<double>(coded.tokens) * heads;
+  // Sinks, recent tokens and windows are tokens by position: whoever reorders them must say which are which.
+  const bool positions = rules.sinks > 0 || rules.recent > 0 || rules.window > 0;
+  const double order_bytes = positions ? static_cast<double>(coded.order_bytes) : 0.0;
   r.tokens = cache.tokens();
   r.coded_tokens = coded.tokens;
   r.bits_per_value_k = coded.tokens > 0 ? 8.0 * key_bytes / (vectors * cache.key_dim()) : 16.0;
   r.bits_per_value_v = coded.tokens > 0 ? 8.0 * value_bytes / (vectors * cache.value_dim()) : 16.0;
   r.total_bits_per_value =
-      8.0 * (key_bytes + value_bytes + raw_bytes) / (static_cast<double>(cache.tokens()) * dims * heads);
+      8.0 * (key_bytes + value_bytes + raw_bytes + order_bytes) / (static_cast<double>(cache.tokens()) * dims * heads);
   r.model_bytes = coded.model_bytes;
 }
 

@@ -108,6 +108,7 @@ outcome encode(const packkv::pack_format& f, const kv_cache& cache, coded_cache&
   // A cache too short for a block is 16-bit and has no packs.
   out.key_bytes = blocks > 0 ? packkv::stored_bytes(f, side::key, blocks, report.key.tile_bytes) : 0;
   out.value_bytes = blocks > 0 ? packkv::stored_bytes(f, side::value, blocks, report.value.tile_bytes) : 0;
+  out.order_bytes = f.order == token_order::none ? 0 : blocks * tile_tokens;  // a byte a token, for all heads
   out.figures = {{"packkv_payload_bits_k", blocks > 0 ? report.key.payload_bits_per_value() : 16.0},
                  {"packkv_payload_bits_v", blocks > 0 ? report.value.payload_bits_per_value() : 16.0},
                  {"packkv_published_ratio_k", report.key.published_ratio()},

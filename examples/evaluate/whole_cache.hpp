@@ -20,6 +20,7 @@ struct coded_cache {
   std::vector<float> k, v;       ///< decoded: [kv_heads, tokens, D_k] and [kv_heads, tokens, D_v], in order of tokens
   std::int64_t key_bytes = 0;    ///< everything stored for the coded keys
   std::int64_t value_bytes = 0;  ///< everything stored for the coded values
+  std::int64_t order_bytes = 0;  ///< of a changed order of tokens; stored only where positions of tokens matter
   std::int64_t model_bytes = 0;  ///< static arrays, once per model
   std::vector<std::pair<std::string, double>> figures;  ///< further fields of the JSON result, finite
 };

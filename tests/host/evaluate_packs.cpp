@@ -199,23 +199,25 @@ TEST_CASE("evaluate packkv: bits count every byte, the 16-bit tail, sinks and re
   const packkv_test::cache_files f(folder, "", 71, 2, 2, 64 * 5 + 7, 3, 64, 128);
   const cache_paths paths{f.k_path, f.v_path, f.q_path};
   const double coded = 128.0 + 64.0, tokens = 327.0;  // (327 + 64 - 7 - 192) / 64 = 3 blocks
-  const auto total = [&](const std::string& json, double raw) {
+  const auto total = [&](const std::string& json, double raw, double order_bytes) {
     const double k = field(json, "bits_per_value_k"), v = field(json, "bits_per_value_v");
     CHECK(field(json, "coded_tokens") == coded);
     CHECK(field(json, "tokens") == tokens);
     // Ranges (4 bytes a token) and offsets (8 a tile and 8) are stored beside the payload.
     CHECK(8.0 * (coded * 4 + 7 * 8) / (coded * 2 * 64) + field(json, "packkv_payload_bits_k") < k);
-    const double bits = (coded * 2 * (64 * k + 128 * v) + raw * 16 * 2 * 192) / (tokens * 2 * 192);
+    const double bits = (coded * 2 * (64 * k + 128 * v) + raw * 16 * 2 * 192 + 8 * order_bytes) / (tokens * 2 * 192);
     CHECK(std::fabs(field(json, "total_bits_per_value") - bits) < 1e-9);
   };
   std::string json;
   REQUIRE(run(paths, {"--codec", "packkv"}, json));
-  total(json, tokens - coded);
+  total(json, tokens - coded, 0);  // positions do not matter
   CHECK(json.find("\"device\": \"cpu\"") != std::string::npos);
   REQUIRE(run(paths, {"--codec", "packkv", "--sinks", "16", "--recent", "133"}, json));
-  total(json, tokens - coded + 16);  // 133 + 3 - 1 recent tokens are in the tail of 135
+  total(json, tokens - coded + 16, coded);  // 133 + 3 - 1 recent tokens are in the tail of 135
+  REQUIRE(run(paths, {"--codec", "packkv:order=none", "--sinks", "16", "--recent", "133"}, json));
+  total(json, tokens - coded + 16, 0);
   REQUIRE(run(paths, {"--codec", "packkv", "--sinks", "300", "--recent", "140"}, json));
-  total(json, tokens - coded + coded + 7);  // sinks among the coded tokens, and 142 - 135 more recent ones
+  total(json, tokens - coded + coded + 7, coded);  // sinks among the coded tokens, and 142 - 135 more recent ones
 }
 
 TEST_CASE("evaluate packkv: a cache too short for a block stays 16-bit", "[packs]") {

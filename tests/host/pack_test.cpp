@@ -418,3 +418,24 @@ TEST_CASE("packs: damaged bytes are refused or decode within their bounds", "[pa
   }
   CHECK(refused > 50);
 }
+
+TEST_CASE("packs: a code beyond 255 in damaged bytes is refused", "[packs]") {
+  random_source random(base_seed() + 91);
+  pk::pack_format f = small_format(1.0f / 255.0f);
+  f.order = pk::token_order::none;
+  pack_cache cache = constant_cache(f, 64, 0.0f, random);
+  for (int t = 0; t < 64; ++t)
+    for (int c = 0; c < 64; ++c) cache.keys.set(static_cast<float>((t * 62 + c) % 256), 0, 0, t, c);
+  for (int t = 0; t < 64; ++t) cache.keys.set(0.0f, 0, 0, t, 0), cache.keys.set(255.0f, 0, 0, t, 1);
+  packs p(f, cache, 1);
+  REQUIRE(p.state);
+  REQUIRE(pk::reference::check_packs(f, p.view()));
+  pack_memory& m = p.memory(pk::side::key);
+  std::uint8_t* const tile = m.data();
+  const pk::pack_tile shape{f.pack_size, f.key.head_dim, tile[0], tile[1]};
+  REQUIRE(shape.min_bits == 8);  // channel 1 is 255 everywhere
+  tile[shape.minima_offset() + 2] = 255;  // of a pack with several codes
+  const pk::status s = pk::reference::check_packs(f, p.view());
+  CHECK(s.code == pk::status_code::corrupt);
+  CHECK(std::string(s.message).find("beyond 255") != std::string::npos);
+}

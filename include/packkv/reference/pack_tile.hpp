@@ -148,8 +148,29 @@ inline void encode_pack_tile(int pack_size, int head_dim, const std::uint8_t* co
   minima.align_word();
 }
 
-/// Checks everything in a tile of `bytes` bytes that decoding relies on: field sizes, widths, where groups begin, the
-/// size.
+namespace detail {
+
+/// f(slot, channel, code) for every code of a tile whose fields are where they must be; damaged codes may exceed 255.
+template <class F>
+void for_each_code(const pack_tile& shape, const std::uint8_t* tile, F&& f) {
+  const std::uint8_t* const payload = tile + shape.payload_offset();
+  for (int g = 0; g < shape.groups(); ++g) {
+    const std::uint8_t* const start = tile + pack_tile::starts_offset + 2 * g;
+    std::int64_t position = 32 * std::int64_t{start[0] | start[1] << 8};
+    for (int c = 0; c < shape.head_dim; ++c) {
+      const std::int64_t pack = std::int64_t{g} * shape.head_dim + c;
+      const int width = static_cast<int>(read_bits(tile + shape.widths_offset(), pack * shape.width_bits, shape.width_bits));
+      const std::uint32_t minimum = read_bits(tile + shape.minima_offset(), pack * shape.min_bits, shape.min_bits);
+      for (int i = 0; i < shape.pack_size; ++i, position += width)
+        f(g * shape.pack_size + i, c, minimum + read_bits(payload, position, width));
+    }
+  }
+}
+
+}  // namespace detail
+
+/// Checks everything in a tile of `bytes` bytes: field sizes, widths, where groups begin, the size, and that no code is
+/// beyond 255.
 inline status check_pack_tile(int pack_size, int head_dim, const std::uint8_t* tile, std::int64_t bytes) {
   if (bytes < pack_tile::starts_offset) return refuse(status_code::corrupt, "a tile is shorter than its header");
   const pack_tile shape = detail::stored_shape(tile, pack_size, head_dim);
@@ -172,27 +193,17 @@ inline status check_pack_tile(int pack_size, int head_dim, const std::uint8_t* t
     words += shape.group_words(widths);
   }
   if (bytes != shape.tile_bytes(words)) return refuse(status_code::corrupt, "a tile's size does not fit its packs");
+  bool overflow = false;
+  detail::for_each_code(shape, tile, [&](int, int, std::uint32_t code) { overflow = overflow || code > 255; });
+  if (overflow) return refuse(status_code::corrupt, "a pack has codes beyond 255");
   return {};
 }
 
 /// Codes of a checked tile: codes[slot * head_dim + channel], uint8 [64][head_dim].
 inline void decode_pack_tile(int pack_size, int head_dim, const std::uint8_t* tile, std::uint8_t* codes) {
-  const pack_tile shape = detail::stored_shape(tile, pack_size, head_dim);
-  const std::uint8_t* const payload = tile + shape.payload_offset();
-  for (int g = 0; g < shape.groups(); ++g) {
-    const std::uint8_t* const start = tile + pack_tile::starts_offset + 2 * g;
-    std::int64_t position = 32 * std::int64_t{start[0] | start[1] << 8};
-    for (int c = 0; c < head_dim; ++c) {
-      const std::int64_t pack = std::int64_t{g} * head_dim + c;
-      const int width =
-          static_cast<int>(detail::read_bits(tile + shape.widths_offset(), pack * shape.width_bits, shape.width_bits));
-      const std::uint32_t minimum =
-          detail::read_bits(tile + shape.minima_offset(), pack * shape.min_bits, shape.min_bits);
-      for (int i = 0; i < pack_size; ++i, position += width)
-        codes[(g * pack_size + i) * head_dim + c] =
-            static_cast<std::uint8_t>(minimum + detail::read_bits(payload, position, width));
-    }
-  }
+  detail::for_each_code(detail::stored_shape(tile, pack_size, head_dim), tile, [&](int slot, int c, std::uint32_t code) {
+    codes[slot * head_dim + c] = static_cast<std::uint8_t>(code);
+  });
 }
 
 }  // namespace packkv::reference
