@@ -118,6 +118,10 @@ outcome make_coding(const codec_choice& choice, const kv_cache& cache, const kv_
     if (outcome o = make_pack_coder(*choice.packs, cache, out.whole_cache); !o) return wrong(o);
     return {};
   }
+  if (choice.groups) {
+    if (outcome o = make_group_coder(*choice.groups, cache, out.whole_cache); !o) return wrong(o);
+    return {};
+  }
   const kv_cache* const c = calibration;
   if (c == nullptr && choice.steps == step_choice::calibrated)
     return wrong(failure("steps=calibrated needs the --calibrate files"));

@@ -50,6 +50,46 @@ constexpr key_entry pack_keys[] = {
     {"pack", "2|4|8|16|32", "16", "tokens of a pack, which has a minimum and a width for each channel"},
 };
 
+constexpr key_entry kivi_keys[] = {
+    {"bits", "1|2|3|4|8", "2", "bits of a code"},
+    {"group", "32|64|128", "32", "tokens of a K group of one channel, channels of a V group of one token"},
+    {"recent", "COUNT", "128", "the newest tokens that stay 16-bit, and those that fill no block (64; group=128: 128)"},
+};
+
+constexpr key_entry channel_keys[] = {
+    {"bits", "1|2|3|4|8", "4", "bits of a K code"},
+    {"bits_v", "1|2|3|4|8", "bits", "bits of a V code"},
+    {"tokens", "32|64|128", "64", "tokens of a K group of one channel; V: one token of a head"},
+    {"hadamard", "0|1", "1", "Hadamard transform of V; K stays as it is"},
+    {"center_k", "0|1", "0", "subtract the mean of each K channel of this cache; stored and counted"},
+    {"steps", "minmax|gaussian|gaussian_mean", "minmax",
+     "a scale and a minimum, a scale centred on 0, or both from mean and deviation"},
+    {"recent", "COUNT", "0", "the newest tokens that stay 16-bit, and those that fill no block (64; tokens=128: 128)"},
+};
+
+constexpr key_entry row_keys[] = {
+    {"bits", "1|2|3|4|8", "4", "bits of a K code"},
+    {"bits_v", "1|2|3|4|8", "bits", "bits of a V code"},
+    {"hadamard", "0|1", "0", "Hadamard transform of K and V"},
+    {"center_k", "0|1", "0", "subtract the mean of each K channel of this cache; stored and counted"},
+    {"steps", "minmax|gaussian|gaussian_mean", "minmax",
+     "a scale and a minimum, a scale centred on 0, or both from mean and deviation"},
+    {"recent", "COUNT", "0", "the newest tokens that stay 16-bit, and those that fill no block of 64"},
+};
+
+constexpr key_entry strip_keys[] = {
+    {"quant", "token|vector|channel", "token",
+     "what shares a step: a token of all heads, a token of a head, 64 tokens of a channel"},
+    {"quant_k", "as quant", "quant", "the same, for K"},
+    {"quant_v", "as quant", "quant", "the same, for V"},
+    {"r", "NUMBER", "0.1", "step of a group / (its largest - its smallest element), 1/255 to 1"},
+    {"r_k", "NUMBER", "r", "the same, for K"},
+    {"r_v", "NUMBER", "r", "the same, for V"},
+    {"hadamard", "0|1", "0", "Hadamard transform of V, and of K unless it is quantised by channel"},
+    {"center_k", "0|1", "0", "subtract the mean of each K channel of this cache; stored and counted"},
+    {"recent", "COUNT", "0", "the newest tokens that stay 16-bit, and those that fill no block of 64"},
+};
+
 constexpr key_entry plan_keys[] = {
     {"k", "WIDTHS|fp16|bf16|fp8", "required",
      "bits of each K strip of 32 channels (16 at head_dim 64), or a 16-bit or FP8 side"},
@@ -158,6 +198,14 @@ std::string finish_pack_choice(const std::set<std::string>& given, codec_choice&
   return finish_packs(given, *c.packs);
 }
 
+void begin_groups(const std::string& name, codec_choice& c) { c.groups = default_groups(name); }
+bool parse_groups(const std::string& key, const std::string& value, codec_choice& c) {
+  return parse_group_value(key, value, *c.groups);
+}
+std::string finish_group_choice(const std::set<std::string>& given, codec_choice& c) {
+  return finish_groups(given, *c.groups);
+}
+
 constexpr name_entry names[] = {
     {"fp16", "both sides as IEEE half: the baseline, lossless here", "fp16", nullptr, 0, begin_elements, parse_value,
      finish_elements},
@@ -175,6 +223,20 @@ constexpr name_entry names[] = {
      "stay 16-bit; on the CPU",
      "packkv:quant=token,r=0.1,zero=int,order=greedy,pack=16", pack_keys, std::size(pack_keys), begin_packs,
      parse_packs, finish_pack_choice},
+    {"kivi",
+     "KIVI as published: K per channel over `group` tokens, V per token over `group` channels, a scale and a minimum "
+     "per group; on the CPU",
+     "kivi:bits=2,group=32", kivi_keys, std::size(kivi_keys), begin_groups, parse_groups, finish_group_choice},
+    {"channel", "K per channel over `tokens` tokens, V per token of a head; on the CPU", "channel:bits=3,tokens=64",
+     channel_keys, std::size(channel_keys), begin_groups, parse_groups, finish_group_choice},
+    {"token", "K and V with one scale per token, shared by all heads; on the CPU", "token:bits=4,hadamard=1", row_keys,
+     std::size(row_keys), begin_groups, parse_groups, finish_group_choice},
+    {"vector", "K and V with one scale per token of a head; on the CPU", "vector:bits=4,hadamard=1", row_keys,
+     std::size(row_keys), begin_groups, parse_groups, finish_group_choice},
+    {"strip",
+     "strip-adaptive: relative steps as packkv, tokens in their order, a width and a base per strip of 64 tokens; on "
+     "the CPU",
+     "strip:quant=token,r=0.1", strip_keys, std::size(strip_keys), begin_groups, parse_groups, finish_group_choice},
 };
 
 const name_entry* find_name(const std::string& name) {

@@ -9,6 +9,7 @@
 
 #include <packkv/codec/codec.hpp>
 
+#include "groups.hpp"
 #include "outcome.hpp"
 #include "packs.hpp"
 
@@ -31,7 +32,8 @@ struct codec_choice {
   std::string text;
   side_choice key, value;
   step_choice steps = step_choice::automatic;
-  std::optional<pack_choice> packs;  ///< packkv; the fields above are not used then
+  std::optional<pack_choice> packs;    ///< packkv; the fields above are not used then
+  std::optional<group_choice> groups;  ///< kivi, channel, token, vector, strip; nor are they then
 };
 
 /// Parses a SPEC. Unknown names and keys, keys given twice and bad values are failures.

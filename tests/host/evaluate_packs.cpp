@@ -3,48 +3,23 @@
 // random caches, on the sample and, where they are, on caches of other models.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <evaluate/npy.hpp>
-#include <evaluate/program.hpp>
 #include <filesystem>
 #include <map>
 #include <memory>
 
 #include "../support/catch.hpp"
 #include "evaluate_files.hpp"
+#include "evaluate_naive.hpp"
 #include "pack_naive.hpp"
 
+using packkv_test::cache_paths;
+using packkv_test::field;
+using packkv_test::load;
+using packkv_test::naive_errors;
+using packkv_test::run;
 using packkv_test::tensor;
 
 namespace {
-
-struct cache_paths {
-  std::string k, v, q;
-  std::vector<std::string> arguments() const { return {"--k", k, "--v", v, "--q", q}; }
-};
-
-tensor load(const std::string& path) {
-  evaluate::npy_array a;
-  REQUIRE(evaluate::npy_array::open(path, a));
-  return {{a.extent(0), a.extent(1), a.extent(2)}, std::vector<std::uint16_t>(a.data(), a.data() + a.elements())};
-}
-
-evaluate::outcome run(const cache_paths& paths, const std::vector<std::string>& extra, std::string& json) {
-  std::vector<std::string> arguments = paths.arguments();
-  arguments.insert(arguments.end(), extra.begin(), extra.end());
-  arguments.insert(arguments.end(), {"--json", "-"});
-  evaluate::program_output output;
-  evaluate::outcome o = evaluate::run_program(arguments, output);
-  json = output.standard;
-  return o;
-}
-
-double field(const std::string& json, const std::string& name) {
-  const std::size_t at = json.find("\"" + name + "\": ");
-  INFO(name << " in " << json);
-  REQUIRE(at != std::string::npos);
-  return std::strtod(json.c_str() + at + name.size() + 4, nullptr);
-}
 
 struct setting {
   naive::group granularity;
@@ -114,44 +89,7 @@ std::map<std::string, double> expected(const tensor& k, const tensor& v, const t
         static_cast<double>(sizes[side].payload) / static_cast<double>(sizes[side].values);
     e["packkv_published_ratio" + name] = sizes[side].ratio();
   }
-  const std::int64_t n = q.extent[1], group = q.extent[0] / heads;
-  const double scale = static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(k.extent[2]))));
-  const char* names[] = {"", "error_k", "error_v", "error_attention"};
-  for (std::int64_t h = 0; h < q.extent[0]; ++h)
-    for (std::int64_t i = 0; i < n; ++i) {
-      std::vector<double> out[4];
-      for (int kind = 0; kind < 4; ++kind) {
-        const std::int64_t position = tokens - n + i;
-        std::vector<double> scores;
-        double largest = -1e300, total = 0.0;
-        const auto raw = [&](std::int64_t t) { return t < s.sinks || (s.recent > 0 && t > position - s.recent); };
-        for (std::int64_t t = 0; t <= position; ++t) {
-          double sum = 0.0;
-          for (std::int64_t c = 0; c < k.extent[2]; ++c)
-            sum += q.at(h, i, c) *
-                   ((kind & 1) != 0 && !raw(t) ? coded[0][k.index(h / group, t, c)] : k.at(h / group, t, c));
-          scores.push_back(scale * sum);
-          largest = std::max(largest, scores.back());
-        }
-        out[kind].assign(static_cast<std::size_t>(v.extent[2]), 0.0);
-        for (std::int64_t t = 0; t <= position; ++t) {
-          const double w = std::exp(scores[static_cast<std::size_t>(t)] - largest);
-          total += w;
-          for (std::int64_t c = 0; c < v.extent[2]; ++c)
-            out[kind][static_cast<std::size_t>(c)] +=
-                w * ((kind & 2) != 0 && !raw(t) ? coded[1][v.index(h / group, t, c)] : v.at(h / group, t, c));
-        }
-        for (double& y : out[kind]) y /= total;
-      }
-      for (int kind = 1; kind < 4; ++kind) {
-        double difference = 0.0, norm = 0.0;
-        for (std::size_t c = 0; c < out[0].size(); ++c) {
-          difference += (out[kind][c] - out[0][c]) * (out[kind][c] - out[0][c]);
-          norm += out[0][c] * out[0][c];
-        }
-        e[names[kind]] += std::sqrt(difference / norm) / static_cast<double>(q.extent[0] * n);
-      }
-    }
+  naive_errors(k, v, q, coded, s.sinks, s.recent, e);
   return e;
 }
 

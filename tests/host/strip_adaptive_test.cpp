@@ -34,58 +34,6 @@ pk::adaptive_spec random_adaptive(random_source& random, int dim) {
       random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.chance(3));
 }
 
-/// Codes and values before the inverse transform, group by group: minimum rounded down, step rounded up to fp16.
-naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16& x, int coded_tokens) {
-  pk::grouped_spec wide = spec.groups;
-  const int d = x.dim;
-  std::vector<float> y(x.bits.size());
-  for (int h = 0; h < x.heads; ++h) {
-    std::vector<float> mean(static_cast<std::size_t>(d), 0.0f);
-    for (int c = 0; c < d && wide.centred; ++c) {
-      double sum = 0.0;
-      for (int t = 0; t < coded_tokens; ++t) sum += x.value(h, t, c);
-      mean[static_cast<std::size_t>(c)] = coded_tokens > 0 ? naive_half(static_cast<float>(sum / coded_tokens)) : 0.0f;
-    }
-    for (int t = 0; t < coded_tokens; ++t) {
-      std::vector<float> token;
-      for (int c = 0; c < d; ++c) token.push_back(x.value(h, t, c) - mean[static_cast<std::size_t>(c)]);
-      if (wide.transform == pk::transform_kind::hadamard) clean::hadamard(token);
-      std::copy(token.begin(), token.end(), y.begin() + static_cast<std::ptrdiff_t>(x.at(h, t, 0)));
-    }
-  }
-  // The group of an element, as a number.
-  const auto group_of = [&](int h, int t, int c) {
-    return wide.axis == pk::group_axis::channel  ? (t / 64 * x.heads + h) * d + c
-           : wide.axis == pk::group_axis::vector ? h * x.tokens + t
-                                                 : t;
-  };
-  const std::size_t count = static_cast<std::size_t>(x.heads) * x.tokens * d;
-  std::vector<float> low(count, 1e30f), high(count, -1e30f);
-  naive_result r{std::vector<int>(count), std::vector<float>(count)};
-  for (int pass = 0; pass < 2; ++pass)
-    for (int h = 0; h < x.heads; ++h)
-      for (int t = 0; t < coded_tokens; ++t)
-        for (int c = 0; c < d; ++c) {
-          const std::size_t i = x.at(h, t, c), g = static_cast<std::size_t>(group_of(h, t, c));
-          if (pass == 0) {
-            low[g] = std::min(low[g], y[i]);
-            high[g] = std::max(high[g], y[i]);
-            continue;
-          }
-          naive_group n;
-          n.minimum = naive_half_below(low[g]);
-          n.scale = naive_half_above((high[g] - n.minimum) * spec.relative_step);
-          std::tie(r.codes[i], r.y[i]) = naive_code(pk::step_rule::min_max, 8, n, y[i]);
-        }
-  return r;
-}
-
-int naive_width(int largest) {
-  for (const int w : {0, 1, 2, 3, 4, 8})
-    if (largest < (1 << w)) return w;
-  return -1;
-}
-
 }  // namespace
 
 TEST_CASE("strip-adaptive values, widths and sizes equal a naive implementation", "[adaptive]") {
