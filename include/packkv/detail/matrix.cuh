@@ -20,7 +20,8 @@ inline std::uint32_t byte_of(std::uint32_t x, int part) { return x >> (8 * part)
 
 /// D = A x B + D, 16 x 8 x 16, float16 or bfloat16 operands, float32 sums. The definition adds the 16 exact products
 /// and D in double and rounds once; the hardware aligns the terms to the largest and truncates, so results are equal
-/// where every partial sum is a float, and otherwise differ by at most `bound` of the largest term.
+/// where every partial sum is a float, and otherwise differ by at most `bound` of the largest term (largest of 524,288
+/// results on an H100, 2026-11-25: 2^-21.2).
 template <bool BFloat>
 struct mma_16bit {
   static constexpr const char* name = BFloat ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16";
