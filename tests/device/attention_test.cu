@@ -8,6 +8,18 @@ using namespace packkv_test;
 
 namespace {
 
+/// Poisoned memory of just the bytes that a call of this grid uses, so that AddressSanitizer sees the next one; `bound`
+/// is what the library says that every call within the maxima needs.
+template <int ValueDim>
+device_array<std::uint8_t> exact_workspace(const pk::policy::decode_grid& grid, std::int64_t bound) {
+  const std::int64_t used =
+      std::max(pk::detail::split_bytes<ValueDim>(grid).value(), pk::detail::workspace_counter_bytes);
+  if (used > bound) throw std::runtime_error("the bound of the workspace is less than what a call uses");
+  device_array<std::uint8_t> workspace(static_cast<std::size_t>(used));
+  workspace.poison();
+  return workspace;
+}
+
 /// Queries, overlays, options and outputs of one decode call on host and device.
 template <class Format>
 struct decode_problem {
@@ -123,8 +135,10 @@ struct decode_problem {
     device_array<float> out(
         std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f));
     device_array<float> lse(std::vector<float>(static_cast<std::size_t>(tokens * heads()), 7.0f));
-    device_array<std::uint8_t> workspace(static_cast<std::size_t>(workspace_bytes()));
-    workspace.poison();
+    const auto grid = pk::policy::make_decode_grid(cache.shape.batch, cache.shape.kv_heads,
+                                                   std::int64_t{group} * options.max_query_len, cache.shape.max_tokens,
+                                                   options.splits);
+    device_array<std::uint8_t> workspace = exact_workspace<Format::value_head_dim>(grid, workspace_bytes());
     pk::exec e = cache.exec();
     e.workspace = workspace.data();
     e.workspace_bytes = workspace.size();
@@ -357,9 +371,9 @@ TEST_CASE("key_gemv and value_gemv agree with the reference") {
       std::vector<float> out(static_cast<std::size_t>(batch * heads * format.value_head_dim), 7.0f);
       device_array<float> device_out(out);
       const int splits = random.between(0, 4);
-      device_array<std::uint8_t> workspace(static_cast<std::size_t>(
-          pk::value_gemv_workspace_bytes<format_type>({batch, cache.shape.kv_heads, heads, 1, tokens, splits})));
-      workspace.poison();
+      device_array<std::uint8_t> workspace = exact_workspace<format_type::value_head_dim>(
+          pk::policy::make_decode_grid(batch, cache.shape.kv_heads, heads / cache.shape.kv_heads, tokens, splits),
+          pk::value_gemv_workspace_bytes<format_type>({batch, cache.shape.kv_heads, heads, 1, tokens, splits}));
       pk::exec e = cache.exec();
       e.workspace = workspace.data();
       e.workspace_bytes = workspace.size();

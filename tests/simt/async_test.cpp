@@ -95,23 +95,16 @@ __global__ void groups(std::uint32_t* data) {
   }
 }
 
-__global__ void misaligned_bulk(std::uint32_t* data) {
+/// 64 bytes to word Offset of 64 words.
+template <int Offset>
+__global__ void bulk_to_word(std::uint32_t* data) {
   __shared__ __align__(16) std::uint32_t stage[64];
   __shared__ d::mbarrier full;
   if (threadIdx.x != 0) return;
   full.init(1);
   d::fence_barrier_init();
   full.arrive_expect(64);
-  d::bulk_copy(stage + 1, data, 64, full);
-}
-__global__ void bulk_beyond(std::uint32_t* data) {
-  __shared__ __align__(16) std::uint32_t stage[64];
-  __shared__ d::mbarrier full;
-  if (threadIdx.x != 0) return;
-  full.init(1);
-  d::fence_barrier_init();
-  full.arrive_expect(64);
-  d::bulk_copy(stage + 52, data, 64, full);
+  d::bulk_copy(stage + Offset, data, 64, full);
 }
 __global__ void bulk_to_global(std::uint32_t* data) {
   __shared__ d::mbarrier full;
@@ -215,8 +208,8 @@ TEST_CASE("async: misuse of an mbarrier or a bulk copy is an error that names th
   check_error(bulk<without::init>, 32, {"has not been initialised", "bulk", "block (0,0,0)", "async_test.cpp:"});
   check_error(bulk<without::fence>, 32, {"no fence_barrier_init()", at_line(bulk_copy_line)});
   check_error(bulk<without::expect>, 32, {"deadlock", "1 arrivals and"});
-  check_error(misaligned_bulk, 32, {"cp.async.bulk", "not a multiple of 16"});
-  check_error(bulk_beyond, 32, {"64 bytes that do not lie within one variable of shared memory"});
+  check_error(bulk_to_word<1>, 32, {"cp.async.bulk", "not a multiple of 16"});
+  check_error(bulk_to_word<52>, 32, {"64 bytes that do not lie within one variable of shared memory"});
   check_error(bulk_to_global, 32, {"do not lie within one variable of shared memory"});
   check_error(too_many_arrivals, 32, {"more threads than the phase expects"});
   check_error(overwritten_barrier, 1, {"has been overwritten"});
