@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns a lane's words of one plane of codes into operands of matrix instructions: shift and mask where the codes lie.
 // One idea: a register of a fragment is one masked word, and which word and bit follow from codec/layout.hpp alone.
-//   using plane = thread::key_plane<2, 32>;   std::uint32_t w[plane::words], a[4];
-//   plane::load(w, tile_words + first_word, lane);   plane::operand<1>(w, a);   // A of tokens 16..31, bytes are codes
+//   using codes = thread::unpacker<3, thread::key_plane_32>;   codes::words w;   std::uint32_t a[codes::registers];
+//   codes::load(w, low_plane, high_plane, lane);   codes::operand<1>(w, a);   // A of tokens 16..31, bytes are codes
 #pragma once
 
 #include <packkv/codec/layout.hpp>
