@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <packkv/codec/grouped_checks.hpp>
 #include <packkv/codec/grouped_quantize.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/reference/compress.hpp>
@@ -120,28 +121,6 @@ inline void decode_block_token(const grouped_spec& spec, std::int64_t heads, con
   }
 }
 
-inline status check_grouped_bytes(const void* bytes, std::int64_t size, const grouped_layout& layout) {
-  if (size != layout.total_bytes)
-    return refuse(status_code::shape_mismatch, "the buffer's size is not grouped_layout::total_bytes",
-                  layout.total_bytes);
-  if (bytes == nullptr && size > 0) return refuse(status_code::invalid_argument, "the buffer is null");
-  if (reinterpret_cast<std::uintptr_t>(bytes) % 16 != 0)
-    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned");
-  return {};
-}
-
-/// Mean of every channel over the coded tokens as fp16 bits; 0 where it is not finite.
-inline std::uint16_t channel_mean_bits(const input_view<3>& x, std::int64_t head, int channel, std::int64_t tokens) {
-  double sum = 0.0;
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const double e = packkv::detail::load_element(packkv::detail::address(x, head, t, channel), x.type);
-    sum += e;
-  }
-  const std::uint16_t bits =
-      tokens > 0 ? float_to_half(static_cast<float>(sum / static_cast<double>(tokens))) : std::uint16_t{0};
-  return packkv::detail::is_finite_half(bits) ? bits : std::uint16_t{0};
-}
-
 }  // namespace detail
 
 /// Codes one side of a sequence. x [heads, tokens, head_dim], float16 or bfloat16. The newest `recent` tokens, and
@@ -157,7 +136,7 @@ inline status encode_grouped(const grouped_spec& spec, const input_view<3>& x, s
     return refuse(status_code::shape_mismatch, "the tensor's last extent is not the spec's head_dim", x.extent[2]);
   grouped_layout layout;
   if (const status s = make_grouped_layout(spec, x.extent[0], x.extent[1], recent, layout); !s) return s;
-  if (const status s = detail::check_grouped_bytes(bytes, size, layout); !s) return s;
+  if (const status s = check_grouped_bytes(bytes, size, layout); !s) return s;
 
   const int dim = spec.head_dim, block_tokens = spec.block_tokens();
   const std::int64_t heads = layout.heads, block_bytes = spec.block_bytes(heads);
@@ -165,7 +144,7 @@ inline status encode_grouped(const grouped_spec& spec, const input_view<3>& x, s
   if (spec.centred)
     for (std::int64_t h = 0; h < heads; ++h)
       for (int c = 0; c < dim; ++c)
-        detail::store_bits(bytes, 2 * (h * dim + c), detail::channel_mean_bits(x, h, c, layout.coded_tokens));
+        detail::store_bits(bytes, 2 * (h * dim + c), channel_mean_bits(x, h, c, layout.coded_tokens));
 
   std::vector<float> y(static_cast<std::size_t>(heads) * static_cast<std::size_t>(block_tokens * dim));
   float row[max_head_dim];
@@ -203,7 +182,7 @@ inline status decode_grouped(const grouped_spec& spec, const std::uint8_t* bytes
     return refuse(status_code::shape_mismatch, "the tensor's last extent is not the spec's head_dim", x.extent[2]);
   grouped_layout layout;
   if (const status s = make_grouped_layout(spec, x.extent[0], x.extent[1], recent, layout); !s) return s;
-  if (const status s = detail::check_grouped_bytes(bytes, size, layout); !s) return s;
+  if (const status s = check_grouped_bytes(bytes, size, layout); !s) return s;
 
   const int dim = spec.head_dim, block_tokens = spec.block_tokens();
   float y[max_head_dim], row[max_head_dim];

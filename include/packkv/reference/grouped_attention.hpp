@@ -12,39 +12,7 @@
 
 namespace packkv::reference {
 
-/// One coded side as encode_grouped left it. The bytes are not owned.
-struct grouped_view {
-  grouped_spec spec = {};
-  const std::uint8_t* bytes = nullptr;  ///< 16-byte aligned
-  std::int64_t size = 0;                ///< grouped_layout::total_bytes
-  std::int64_t heads = 0;
-  std::int64_t tokens = 0;
-  std::int64_t recent = 0;
-  dtype tail_type = dtype::float16;
-};
-
 namespace detail {
-
-inline status check_grouped_view(const grouped_view& view, grouped_layout& layout) {
-  if (const status s = make_grouped_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
-  if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
-  return check_grouped_bytes(view.bytes, view.size, layout);
-}
-
-inline status check_grouped_operand(const input_view<3>& x, std::int64_t heads, std::int64_t length) {
-  if (const status s = packkv::detail::check_view(x); !s) return s;
-  if (x.extent[0] < 1 || x.extent[0] % heads != 0)
-    return refuse(status_code::shape_mismatch, "query heads must be a positive multiple of the KV heads", x.extent[0]);
-  if (x.extent[2] != length)
-    return refuse(status_code::shape_mismatch, "the last extent disagrees with the coded side", x.extent[2]);
-  return {};
-}
-inline status check_grouped_output(const output_view<3>& out, const input_view<3>& x, std::int64_t length) {
-  if (const status s = packkv::detail::check_view(out); !s) return s;
-  if (out.extent[0] != x.extent[0] || out.extent[1] != x.extent[1] || out.extent[2] != length)
-    return refuse(status_code::shape_mismatch, "the output's extents disagree with the inputs");
-  return {};
-}
 
 /// Reads codes, groups, means and the tail of one KV head.
 class grouped_reader {
@@ -187,9 +155,9 @@ inline status grouped_key_gemv(const input_view<3>& queries, const grouped_view&
                                const output_view<3>& scores) {
   using namespace packkv::detail;
   grouped_layout layout;
-  if (const status s = detail::check_grouped_view(keys, layout); !s) return s;
-  if (const status s = detail::check_grouped_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
-  if (const status s = detail::check_grouped_output(scores, queries, keys.tokens); !s) return s;
+  if (const status s = check_grouped_view(keys, layout); !s) return s;
+  if (const status s = check_sequence_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
+  if (const status s = check_sequence_output(scores, queries, keys.tokens); !s) return s;
   const std::int64_t group = queries.extent[0] / keys.heads;
   std::vector<double> row(static_cast<std::size_t>(keys.tokens));
   float q[max_head_dim];
@@ -209,9 +177,9 @@ inline status grouped_key_gemv(const input_view<3>& queries, const grouped_view&
 inline status grouped_value_gemv(const input_view<3>& weights, const grouped_view& values, const output_view<3>& out) {
   using namespace packkv::detail;
   grouped_layout layout;
-  if (const status s = detail::check_grouped_view(values, layout); !s) return s;
-  if (const status s = detail::check_grouped_operand(weights, values.heads, values.tokens); !s) return s;
-  if (const status s = detail::check_grouped_output(out, weights, values.spec.head_dim); !s) return s;
+  if (const status s = check_grouped_view(values, layout); !s) return s;
+  if (const status s = check_sequence_operand(weights, values.heads, values.tokens); !s) return s;
+  if (const status s = check_sequence_output(out, weights, values.spec.head_dim); !s) return s;
   const std::int64_t group = weights.extent[0] / values.heads;
   std::vector<double> row(static_cast<std::size_t>(values.tokens));
   double sum[max_head_dim];
@@ -232,16 +200,14 @@ inline status grouped_attention(const input_view<3>& queries, const grouped_view
                                 float scale, const output_view<3>& out) {
   using namespace packkv::detail;
   grouped_layout key_layout, value_layout;
-  if (const status s = detail::check_grouped_view(keys, key_layout); !s) return s;
-  if (const status s = detail::check_grouped_view(values, value_layout); !s) return s;
+  if (const status s = check_grouped_view(keys, key_layout); !s) return s;
+  if (const status s = check_grouped_view(values, value_layout); !s) return s;
   if (keys.heads != values.heads || keys.tokens != values.tokens)
     return refuse(status_code::shape_mismatch, "K and V disagree about heads or tokens");
-  if (const status s = detail::check_grouped_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
-  if (const status s = detail::check_grouped_output(out, queries, values.spec.head_dim); !s) return s;
+  if (const status s = check_sequence_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
+  if (const status s = check_sequence_output(out, queries, values.spec.head_dim); !s) return s;
   const std::int64_t n = queries.extent[1], group = queries.extent[0] / keys.heads;
-  if (n > keys.tokens) return refuse(status_code::shape_mismatch, "there are more queries than tokens", n);
-  if (!(scale > 0.0f) || !is_finite(scale))
-    return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
+  if (const status s = check_sequence_queries(n, keys.tokens, scale); !s) return s;
   std::vector<double> row(static_cast<std::size_t>(keys.tokens));
   float q[max_head_dim];
   double sum[max_head_dim];

@@ -66,7 +66,7 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
   if (groups.centred)
     for (std::int64_t h = 0; h < l.heads; ++h)
       for (int c = 0; c < dim; ++c)
-        detail::store_bits(bytes, 2 * (h * dim + c), detail::channel_mean_bits(x, h, c, l.coded_tokens));
+        detail::store_bits(bytes, 2 * (h * dim + c), channel_mean_bits(x, h, c, l.coded_tokens));
   std::uint8_t* tail = bytes + l.tail_offset;
   for (std::int64_t h = 0; h < l.heads; ++h)
     for (std::int64_t t = l.coded_tokens; t < l.tokens; ++t)

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Coded sides of the whole-sequence formats as views, and what tensors must satisfy beside them.
+//   if (const status s = packkv::detail::check_grouped_view(view, layout); !s) return s;
+#pragma once
+
+#include <packkv/codec/grouped.hpp>
+
+namespace packkv {
+
+/// One side of a sequence as encode_grouped left it. The bytes are not owned.
+struct grouped_view {
+  grouped_spec spec = {};
+  const std::uint8_t* bytes = nullptr;  ///< 16-byte aligned
+  std::int64_t size = 0;                ///< grouped_layout::total_bytes
+  std::int64_t heads = 0;
+  std::int64_t tokens = 0;
+  std::int64_t recent = 0;
+  dtype tail_type = dtype::float16;
+};
+
+namespace detail {
+
+inline status check_grouped_bytes(const void* bytes, std::int64_t size, const grouped_layout& layout) {
+  if (size != layout.total_bytes)
+    return refuse(status_code::shape_mismatch, "the buffer's size is not grouped_layout::total_bytes",
+                  layout.total_bytes);
+  if (bytes == nullptr && size > 0) return refuse(status_code::invalid_argument, "the buffer is null");
+  if (reinterpret_cast<std::uintptr_t>(bytes) % 16 != 0)
+    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned");
+  return {};
+}
+
+inline status check_grouped_view(const grouped_view& view, grouped_layout& layout) {
+  if (const status s = make_grouped_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
+  if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
+  return check_grouped_bytes(view.bytes, view.size, layout);
+}
+
+/// Queries or weights [query heads, n, length] beside `heads` coded heads.
+inline status check_sequence_operand(const input_view<3>& x, std::int64_t heads, std::int64_t length) {
+  if (const status s = check_view(x); !s) return s;
+  if (x.extent[0] < 1 || x.extent[0] % heads != 0)
+    return refuse(status_code::shape_mismatch, "query heads must be a positive multiple of the KV heads", x.extent[0]);
+  if (x.extent[2] != length)
+    return refuse(status_code::shape_mismatch, "the last extent disagrees with the coded side", x.extent[2]);
+  if (!(checked(x.extent[0]) * x.extent[1]).valid())
+    return refuse(status_code::overflow, "more queries than 63 bits can count");
+  return {};
+}
+/// Scores or outputs [query heads, n, length] for the operand `x`.
+inline status check_sequence_output(const output_view<3>& out, const input_view<3>& x, std::int64_t length) {
+  if (const status s = check_view(out); !s) return s;
+  if (out.extent[0] != x.extent[0] || out.extent[1] != x.extent[1] || out.extent[2] != length)
+    return refuse(status_code::shape_mismatch, "the output's extents disagree with the inputs");
+  return {};
+}
+/// Log-sum-exp [query heads, n], or nothing.
+inline status check_sequence_lse(const output_view<2>& lse, const input_view<3>& x) {
+  if (lse.data == nullptr) return {};
+  if (const status s = check_view(lse); !s) return s;
+  if (lse.extent[0] != x.extent[0] || lse.extent[1] != x.extent[1])
+    return refuse(status_code::shape_mismatch, "lse does not fit the queries");
+  return {};
+}
+/// What attention needs beside the operands' shapes.
+inline status check_sequence_queries(std::int64_t queries, std::int64_t tokens, float scale) {
+  if (queries > tokens) return refuse(status_code::shape_mismatch, "there are more queries than tokens", queries);
+  if (!(scale > 0.0f) || !is_finite(scale))
+    return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
+  return {};
+}
+
+/// A view of one sequence as a batch of one.
+template <class Pointer, int Rank>
+tensor_view<Pointer, Rank + 1> as_batch(const tensor_view<Pointer, Rank>& x) {
+  tensor_view<Pointer, Rank + 1> out;
+  out.data = x.data;
+  out.type = x.type;
+  out.extent[0] = 1;
+  for (int i = 0; i < Rank; ++i) {
+    out.extent[i + 1] = x.extent[i];
+    out.stride[i + 1] = x.stride[i];
+  }
+  return out;
+}
+
+}  // namespace detail
+}  // namespace packkv
