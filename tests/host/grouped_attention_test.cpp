@@ -103,7 +103,7 @@ TEST_CASE("attention on grouped bytes refuses operands that disagree", "[grouped
   const coded k(pk::kivi_keys(64, 2), x), v(pk::kivi_values(64, 2), x);
   tensor q(4, 1, 64), out(4, 1, 64), odd(3, 1, 64), wide(4, 1, 128), scores(4, 1, 128);
   REQUIRE(ref::grouped_attention(q.in(), view_of(k), view_of(v), 1.0f, out.out()));
-  const auto attend = [&](const tensor& queries, const pk::grouped_view& a, const ref::grouped_view& b, float scale) {
+  const auto attend = [&](const tensor& queries, const pk::grouped_view& a, const pk::grouped_view& b, float scale) {
     return ref::grouped_attention(queries.in(), a, b, scale, out.out()).code;
   };
   CHECK(attend(odd, view_of(k), view_of(v), 1.0f) == pk::status_code::shape_mismatch);

@@ -58,16 +58,16 @@ class group_writer {
     return warp::to_coded_basis<HeadDim>(a_.spec, a_.bytes, a_.x, head, first_ + token, y);
   }
   /// Numbers of the group of an element; of every calling lane.
-  __device__ void store(detail::group_scale g, std::int64_t head, int token, int channel) const {
+  __device__ void store(detail::group_numbers g, std::int64_t head, int token, int channel) const {
     const group_place at = locate_group(a_.spec, a_.layout.heads, head, token, channel);
-    *reinterpret_cast<std::uint16_t*>(block_ + at.scale) = g.scale;
+    *reinterpret_cast<std::uint16_t*>(block_ + at.first) = g.first;
     if (a_.spec.has_minima()) *reinterpret_cast<std::uint16_t*>(block_ + at.minimum) = g.minimum;
   }
-  /// Code of y in group g. Tokens share words, so bits are or-ed.
-  __device__ void put(detail::group_scale g, float y, std::int64_t head, int token, int channel) const {
+  /// Code of y in a group. Tokens share words, so bits are or-ed.
+  __device__ void put(detail::group_values v, float y, std::int64_t head, int token, int channel) const {
     auto* words = reinterpret_cast<std::uint32_t*>(block_ + grouped_tile_offset(a_.spec, head, token / tile_tokens));
     const code_writes writes = split_code(locate(a_.spec.strips, token % tile_tokens, channel),
-                                          detail::encode_in(a_.spec, g, y));
+                                          detail::encode_in(a_.spec, v, y));
     for (int i = 0; i < writes.count; ++i)
       if (writes.write[i].bits != 0) atomicOr(words + writes.write[i].word, writes.write[i].bits);
   }
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_token_groups(const 
       finite = writer.load(head, t, y) && finite;
       for (int i = 0; i < registers; ++i) range[i].add(y[i]);
     }
-    group_scale g[registers];
+    group_numbers g[registers];
     for (int i = 0; i < registers; ++i) {
       const int c = lane_id() + 32 * i;
-      g[i] = warp::group_scale_of(a.spec, range[i], size, [&](auto&& term) {
+      g[i] = warp::group_numbers_of(a.spec, range[i], size, [&](auto&& term) {
         return warp::sum_of_own(
             [&](auto&& f) {
               for (int t = first; t < first + size; ++t) {
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_token_groups(const 
     if (!finite) flags |= report_nonfinite_input;
     for (int t = first; t < first + size; ++t) {
       writer.load(head, t, y);
-      for (int i = 0; i < registers; ++i) writer.put(g[i], y[i], head, t, lane_id() + 32 * i);
+      for (int i = 0; i < registers; ++i)
+        writer.put(values_of(a.spec, g[i]), y[i], head, t, lane_id() + 32 * i);
     }
   }
   add_report(a.report, flags, 0);
@@ -153,8 +154,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_channel_groups(cons
       };
       warp::extremes range;
       for_each([&](std::int64_t, int, float x) { range.add(x); });
-      const group_scale g =
-          warp::group_scale_of(a.spec, range.joined(), static_cast<int>(heads) * size, [&](auto&& term) {
+      const group_numbers g =
+          warp::group_numbers_of(a.spec, range.joined(), static_cast<int>(heads) * size, [&](auto&& term) {
             return warp::sum_of_lanes(
                 [&](auto&& f) { for_each([&](std::int64_t, int, float x) { f(x); }); }, term);
           });
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_channel_groups(cons
         flags |= !finite ? report_nonfinite_input : !g.valid() ? report_scale_overflow : 0u;
         writer.store(g, first_head, t, first);
       }
-      for_each([&](std::int64_t h, int c, float x) { writer.put(g, x, h, t, c); });
+      for_each([&](std::int64_t h, int c, float x) { writer.put(values_of(a.spec, g), x, h, t, c); });
     }
   }
   add_report(a.report, flags, 0);

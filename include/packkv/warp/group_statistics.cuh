@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scale and minimum of groups, by warps, with the sums of docs/format-grouped.md, section 5: 32 partial sums by element
+// What groups store, found by warps, with the sums of docs/format-grouped.md, section 5: 32 partial sums by element
 // index modulo 32, then a tree. One idea: a group along channels has a partial sum in each lane; a group along tokens
 // belongs to one lane, which keeps all 32.
 #pragma once
@@ -54,19 +54,19 @@ __device__ inline double sum_of_own(ForEach&& for_each, Term&& term) {
 
 /// What a group of `count` elements stores. sum(term) is one of the sums above.
 template <class Sum>
-__device__ inline detail::group_scale group_scale_of(const grouped_spec& spec, const extremes& range, int count,
+__device__ inline detail::group_numbers group_numbers_of(const grouped_spec& spec, const extremes& range, int count,
                                                      Sum&& sum) {
   using namespace packkv::detail;
   if (spec.step == step_rule::min_max)
-    return range.finite ? min_max_scale(range.lowest, range.highest, spec.width) : group_scale{};
+    return range.finite ? min_max_numbers(range.lowest, range.highest) : group_numbers{};
   if (spec.step == step_rule::gaussian) {
     const double squares = sum(add_square);
-    return range.finite ? rms_group_scale(squares, count) : group_scale{};
+    return range.finite ? rms_numbers(squares, count) : group_numbers{};
   }
   const double total = sum([](double a, float x) { return a + static_cast<double>(x); });
   const float mean = static_cast<float>(div_rn(total, static_cast<double>(count)));
   const double squares = sum([&](double a, float x) { return add_square(a, sub_rn(x, mean)); });
-  return range.finite ? mean_group_scale(mean, squares, count, spec.width) : group_scale{};
+  return range.finite ? mean_numbers(mean, squares, count, spec.width) : group_numbers{};
 }
 
 }  // namespace packkv::warp
