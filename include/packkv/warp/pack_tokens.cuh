@@ -44,7 +44,10 @@ class pack_source::reader {
 
   /// Tile `tile`, below source.blocks, of KV head `head` of batch row `b`. `source` must outlive the reader.
   __device__ reader(const pack_source& source, std::int64_t b, int head, std::int64_t tile, std::uint32_t& flags)
-      : source_(source), shape_{source.format.pack_size, HeadDim, 0, 0}, head_(head) {
+      : source_(source),
+        codec_(source.format.codec(source.which)),
+        shape_{source.format.pack_size, HeadDim, 0, 0},
+        head_(head) {
     const std::int64_t row = tile * source.format.batch + b, number = row * source.format.kv_heads + head;
     ranges_ = source.packs.ranges + row * range_count(source.format, source.which);
     valid_ = open(source.packs.offsets[number], source.packs.offsets[number + 1]);
@@ -68,7 +71,7 @@ class pack_source::reader {
 #pragma unroll
     for (int i = 0; i < registers; ++i) {
       const std::uint32_t field = read_field(payload, position_[i] + slot % shape_.pack_size * width_[i], width_[i]);
-      y[i] = decode_code(codec(), by_channel() ? step_[i] : step_[0],
+      y[i] = decode_code(codec_, by_channel() ? step_[i] : step_[0],
                          static_cast<int>((minimum_[i] + field) % (max_pack_code + 1)));
     }
   }
@@ -84,15 +87,14 @@ class pack_source::reader {
     return window & ((1u << bits) - 1u);
   }
 
-  __device__ const pack_codec& codec() const { return source_.format.codec(source_.which); }
-  __device__ bool by_channel() const { return codec().granularity == pack_granularity::channel; }
+  __device__ bool by_channel() const { return codec_.granularity == pack_granularity::channel; }
   __device__ bool by_slot() const {
-    return codec().granularity == pack_granularity::token || codec().granularity == pack_granularity::vector;
+    return codec_.granularity == pack_granularity::token || codec_.granularity == pack_granularity::vector;
   }
   __device__ pack_step step_of(int slot, int channel) const {
-    const pack_range range = ranges_[range_index(codec(), head_, slot, channel)];
+    const pack_range range = ranges_[range_index(codec_, head_, slot, channel)];
     const dtype element = source_.format.element;
-    return make_pack_step(codec(), range_value(element, range.low), range_value(element, range.high));
+    return make_pack_step(codec_, range_value(element, range.low), range_value(element, range.high));
   }
 
   /// Word of the payload at which a group of packs begins.
@@ -107,8 +109,8 @@ class pack_source::reader {
   /// Checks the tile from byte `begin` to byte `end`; the same answer in all lanes.
   __device__ bool open(std::int64_t begin, std::int64_t end) {
     using namespace packkv::detail;
-    if (begin < 0 || begin % 16 != 0 || end > source_.packs.size || end - begin < pack_tile::starts_offset)
-      return false;
+    if (begin < 0 || begin % 16 != 0 || end < begin || end > source_.packs.size) return false;
+    if (end - begin < pack_tile::starts_offset) return false;
     words_ = reinterpret_cast<const std::uint32_t*>(source_.packs.data + begin);
     shape_.min_bits = static_cast<int>(words_[0] & 0xffu);
     shape_.width_bits = static_cast<int>(words_[0] >> 8 & 0xffu);
@@ -148,6 +150,7 @@ class pack_source::reader {
   }
 
   const pack_source& source_;
+  pack_codec codec_;
   pack_tile shape_;
   const pack_range* ranges_ = nullptr;  ///< of the batch row and block
   const std::uint32_t* words_ = nullptr;
