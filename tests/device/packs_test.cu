@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packs on the device: the bytes of the reference's compress, and tiles read by a warp, sound or damaged.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -644,7 +645,7 @@ TEST_CASE("a damaged tile of packs reads as NaN and is reported, and nothing bey
     std::int64_t end = 0;
     for (const std::size_t i : {0u, 1u, 2u}) {
       const std::vector<std::uint8_t> bytes = i == 1 ? middle : tile(i);
-      std::memcpy(packs.data() + end, bytes.data(), bytes.size());
+      std::copy(bytes.begin(), bytes.end(), packs.data() + end);
       packs.offsets[i + 1] = end += static_cast<std::int64_t>(bytes.size());
     }
     const device_side device(packs);
