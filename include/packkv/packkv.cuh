@@ -6,10 +6,13 @@
 
 #include <packkv/block/row_merge.cuh>
 #include <packkv/block/split_merge.cuh>
+#include <packkv/device/adaptive.cuh>
 #include <packkv/device/compress.cuh>
 #include <packkv/device/decode_attention.cuh>
 #include <packkv/device/exec.cuh>
 #include <packkv/device/gemv.cuh>
+#include <packkv/device/grouped.cuh>
+#include <packkv/device/pack_attention.cuh>
 #include <packkv/device/packs.cuh>
 #include <packkv/thread/unpack.cuh>
 #include <packkv/warp/element.cuh>

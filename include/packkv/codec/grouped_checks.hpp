@@ -4,6 +4,7 @@
 #pragma once
 
 #include <packkv/codec/grouped.hpp>
+#include <packkv/codec/strip_adaptive.hpp>
 
 namespace packkv {
 
@@ -12,6 +13,18 @@ struct grouped_view {
   grouped_spec spec = {};
   const std::uint8_t* bytes = nullptr;  ///< 16-byte aligned
   std::int64_t size = 0;                ///< grouped_layout::total_bytes
+  std::int64_t heads = 0;
+  std::int64_t tokens = 0;
+  std::int64_t recent = 0;
+  dtype tail_type = dtype::float16;
+};
+
+/// One side of a sequence as encode_adaptive left it. Bytes and offsets are not owned.
+struct adaptive_view {
+  adaptive_spec spec = {};
+  const std::uint8_t* bytes = nullptr;    ///< 16-byte aligned
+  std::int64_t size = 0;                  ///< offsets[adaptive_layout::tiles]
+  const std::int64_t* offsets = nullptr;  ///< [tiles + 1]
   std::int64_t heads = 0;
   std::int64_t tokens = 0;
   std::int64_t recent = 0;
@@ -34,6 +47,27 @@ inline status check_grouped_view(const grouped_view& view, grouped_layout& layou
   if (const status s = make_grouped_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
   if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
   return check_grouped_bytes(view.bytes, view.size, layout);
+}
+
+/// The head dim that a call was compiled for.
+inline status check_head_dim(const grouped_spec& spec, int head_dim) {
+  if (spec.head_dim != head_dim)
+    return refuse(status_code::shape_mismatch, "the spec's head_dim is not the call's", spec.head_dim);
+  return {};
+}
+
+/// All of a view but its offsets and tiles, which may lie in device memory.
+inline status check_adaptive_view(const adaptive_view& view, adaptive_layout& layout) {
+  if (const status s = make_adaptive_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
+  if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
+  if (view.offsets == nullptr || (view.bytes == nullptr && view.size > 0))
+    return refuse(status_code::invalid_argument, "the buffer or the offsets are null");
+  if (reinterpret_cast<std::uintptr_t>(view.bytes) % 16 != 0 || reinterpret_cast<std::uintptr_t>(view.offsets) % 8 != 0)
+    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned, the offsets 8-byte aligned");
+  if (view.size < layout.tiles_offset)
+    return refuse(status_code::shape_mismatch, "the buffer is shorter than the parts before its tiles",
+                  layout.tiles_offset);
+  return {};
 }
 
 /// Queries or weights [query heads, n, length] beside `heads` coded heads.

@@ -13,23 +13,67 @@ namespace packkv {
 
 namespace detail {
 
-template <int HeadDim>
-status check_head_dim(const grouped_spec& spec) {
-  if (spec.head_dim != HeadDim)
-    return refuse(status_code::shape_mismatch, "the spec's head_dim is not the call's", spec.head_dim);
-  return {};
+/// Channel means (where centred) to `bytes`, and the tokens from `coded` on to `tail`.
+inline status launch_means_and_tail(const grouped_spec& spec, const input_view<3>& x, std::int64_t coded,
+                                    std::uint8_t* bytes, std::uint8_t* tail, cudaStream_t stream) {
+  constexpr int threads = kernel::grouped_warps * 32;
+  const std::int64_t channels = x.extent[0] * x.extent[2], elements = channels * (x.extent[1] - coded);
+  if (spec.centred)
+    if (const status s = launch(kernel::channel_means<threads>, grid_for(ceil_div<std::int64_t>(channels, threads)),
+                                threads, stream, x, coded, bytes);
+        !s)
+      return s;
+  if (elements == 0) return {};
+  return launch(kernel::copy_tail<threads>, grid_for(ceil_div<std::int64_t>(elements, threads)), threads, stream, x,
+                coded, tail);
 }
 
-/// Checks a view and makes the source that kernels read.
-template <int HeadDim>
-status make_source(const grouped_view& view, warp::grouped_source& source) {
-  grouped_layout layout;
-  if (const status s = check_grouped_view(view, layout); !s) return s;
-  if (const status s = check_head_dim<HeadDim>(view.spec); !s) return s;
-  source = {view.spec, layout, view.bytes,
-            make_input<4>(view.bytes + layout.tail_offset, view.tail_type,
-                          {1, view.heads, view.tokens - layout.coded_tokens, HeadDim})};
-  return {};
+// The calls on one sequence, for every format whose view has heads and tokens and a warp::make_source.
+
+template <int HeadDim, class Source, class View>
+status decode_sequence(const View& view, const output_view<3>& x, const exec& e) {
+  Source source;
+  if (const status s = make_source(view, HeadDim, source); !s) return s;
+  if (const status s = check_view(x); !s) return s;
+  if (x.extent[0] != view.heads || x.extent[1] != view.tokens || x.extent[2] != HeadDim)
+    return refuse(status_code::shape_mismatch, "the tensor's extents are not those of the coded side");
+  return launch_sequence_decompress<HeadDim>(source, as_batch(x), view.tokens, e);
+}
+
+template <int HeadDim, class Source, class View>
+status sequence_key_gemv(const input_view<3>& queries, const View& keys, float scale, const output_view<3>& scores,
+                         const exec& e) {
+  Source source;
+  if (const status s = make_source(keys, HeadDim, source); !s) return s;
+  if (const status s = check_sequence_operand(queries, keys.heads, HeadDim); !s) return s;
+  if (const status s = check_sequence_output(scores, queries, keys.tokens); !s) return s;
+  return launch_sequence_key_gemv<HeadDim>(source, as_batch(queries), keys.heads, scale, as_batch(scores), e);
+}
+
+template <int HeadDim, class Source, class View>
+status sequence_value_gemv(const input_view<3>& weights, const View& values, const output_view<3>& out,
+                           const exec& e) {
+  Source source;
+  if (const status s = make_source(values, HeadDim, source); !s) return s;
+  if (const status s = check_sequence_operand(weights, values.heads, values.tokens); !s) return s;
+  if (const status s = check_sequence_output(out, weights, HeadDim); !s) return s;
+  return launch_sequence_value_gemv<HeadDim>(source, as_batch(weights), values.heads, as_batch(out), e);
+}
+
+template <int KeyDim, int ValueDim, class Source, class View>
+status sequence_attention(const input_view<3>& queries, const View& keys, const View& values, float scale,
+                          const output_view<3>& out, const output_view<2>& lse, const exec& e) {
+  Source key, value;
+  if (const status s = make_source(keys, KeyDim, key); !s) return s;
+  if (const status s = make_source(values, ValueDim, value); !s) return s;
+  if (keys.heads != values.heads || keys.tokens != values.tokens)
+    return refuse(status_code::shape_mismatch, "K and V disagree about heads or tokens");
+  if (const status s = check_sequence_operand(queries, keys.heads, KeyDim); !s) return s;
+  if (const status s = check_sequence_output(out, queries, ValueDim); !s) return s;
+  if (const status s = check_sequence_lse(lse, queries); !s) return s;
+  if (const status s = check_sequence_queries(queries.extent[1], keys.tokens, scale); !s) return s;
+  return launch_sequence_attention<KeyDim, ValueDim>(key, value, as_batch(queries), keys.heads, scale, as_batch(out),
+                                                     as_batch(lse), e);
 }
 
 }  // namespace detail
@@ -43,7 +87,7 @@ status encode_grouped(const grouped_spec& spec, const input_view<3>& x, std::int
                       std::int64_t size, const exec& e) {
   using namespace detail;
   if (const status s = check_grouped(spec); !s) return s;
-  if (const status s = check_head_dim<HeadDim>(spec); !s) return s;
+  if (const status s = check_head_dim(spec, HeadDim); !s) return s;
   if (const status s = check_view(x); !s) return s;
   if (x.type == dtype::float32) return refuse(status_code::unsupported, "grouped formats code 16-bit tensors");
   if (x.extent[2] != HeadDim)
@@ -53,42 +97,27 @@ status encode_grouped(const grouped_spec& spec, const input_view<3>& x, std::int
   if (const status s = check_grouped_bytes(bytes, size, a.layout); !s) return s;
 
   constexpr int threads = kernel::grouped_warps * 32;
-  const auto grid = [](std::int64_t items, int per_block) { return grid_for(ceil_div<std::int64_t>(items, per_block)); };
-  const std::int64_t tail = a.layout.tokens - a.layout.coded_tokens;
+  const auto grid = [](std::int64_t warps) { return grid_for(ceil_div<std::int64_t>(warps, kernel::grouped_warps)); };
   if (a.layout.tail_offset > 0)
     if (const status s = clear(bytes, static_cast<std::size_t>(a.layout.tail_offset), e.stream); !s) return s;
-  if (spec.centred && a.layout.blocks > 0)
-    if (const status s = launch(kernel::channel_means<threads>, grid(a.layout.heads * HeadDim, threads), threads,
-                                e.stream, x, a.layout.coded_tokens, bytes);
-        !s)
-      return s;
-  if (tail > 0)
-    if (const status s = launch(kernel::copy_tail<threads>, grid(a.layout.heads * tail * HeadDim, threads), threads,
-                                e.stream, x, a.layout.coded_tokens, bytes + a.layout.tail_offset);
-        !s)
-      return s;
+  if (const status s = launch_means_and_tail(spec, x, a.layout.coded_tokens, bytes, bytes + a.layout.tail_offset,
+                                             e.stream);
+      !s)
+    return s;
   if (a.layout.blocks == 0) return {};
   if (spec.axis == group_axis::channel)
     return launch(kernel::encode_token_groups<HeadDim>,
-                  grid(a.layout.heads * a.layout.coded_tokens / spec.group, kernel::grouped_warps), threads, e.stream,
-                  a);
+                  grid(a.layout.heads * a.layout.coded_tokens / spec.group), threads, e.stream, a);
   return launch(kernel::encode_channel_groups<HeadDim>,
-                grid(a.layout.coded_tokens * (spec.axis == group_axis::token ? 1 : a.layout.heads),
-                     kernel::grouped_warps),
-                threads, e.stream, a);
+                grid(a.layout.coded_tokens * (spec.axis == group_axis::token ? 1 : a.layout.heads)), threads, e.stream,
+                a);
 }
 
 /// Reconstructs one side into x [heads, tokens, HeadDim] of any element type, device memory, in stream order. Groups
 /// that are NaN give NaN. Uses no workspace.
 template <int HeadDim>
 status decode_grouped(const grouped_view& view, const output_view<3>& x, const exec& e) {
-  using namespace detail;
-  warp::grouped_source source;
-  if (const status s = make_source<HeadDim>(view, source); !s) return s;
-  if (const status s = check_view(x); !s) return s;
-  if (x.extent[0] != view.heads || x.extent[1] != view.tokens || x.extent[2] != HeadDim)
-    return refuse(status_code::shape_mismatch, "the tensor's extents are not those of the coded side");
-  return launch_sequence_decompress<HeadDim>(source, as_batch(x), view.tokens, e);
+  return detail::decode_sequence<HeadDim, warp::grouped_source>(view, x, e);
 }
 
 /// scores[h, i, t] = scale * q[h, i, :] . x^[h / group, t, :] for all tokens, the 16-bit ones too, in stream order.
@@ -97,12 +126,7 @@ status decode_grouped(const grouped_view& view, const output_view<3>& x, const e
 template <int HeadDim>
 status grouped_key_gemv(const input_view<3>& queries, const grouped_view& keys, float scale,
                         const output_view<3>& scores, const exec& e) {
-  using namespace detail;
-  warp::grouped_source source;
-  if (const status s = make_source<HeadDim>(keys, source); !s) return s;
-  if (const status s = check_sequence_operand(queries, keys.heads, HeadDim); !s) return s;
-  if (const status s = check_sequence_output(scores, queries, keys.tokens); !s) return s;
-  return launch_sequence_key_gemv<HeadDim>(source, as_batch(queries), keys.heads, scale, as_batch(scores), e);
+  return detail::sequence_key_gemv<HeadDim, warp::grouped_source>(queries, keys, scale, scores, e);
 }
 
 /// out[h, i, :] = sum over t of weights[h, i, t] * x^[h / group, t, :], in stream order.
@@ -111,12 +135,7 @@ status grouped_key_gemv(const input_view<3>& queries, const grouped_view& keys, 
 template <int HeadDim>
 status grouped_value_gemv(const input_view<3>& weights, const grouped_view& values, const output_view<3>& out,
                           const exec& e) {
-  using namespace detail;
-  warp::grouped_source source;
-  if (const status s = make_source<HeadDim>(values, source); !s) return s;
-  if (const status s = check_sequence_operand(weights, values.heads, values.tokens); !s) return s;
-  if (const status s = check_sequence_output(out, weights, HeadDim); !s) return s;
-  return launch_sequence_value_gemv<HeadDim>(source, as_batch(weights), values.heads, as_batch(out), e);
+  return detail::sequence_value_gemv<HeadDim, warp::grouped_source>(weights, values, out, e);
 }
 
 /// softmax(scale * q.K^T) V on the stored bytes, in stream order. K and V may have different specs and `recent`.
@@ -126,18 +145,7 @@ status grouped_value_gemv(const input_view<3>& weights, const grouped_view& valu
 template <int KeyDim, int ValueDim>
 status grouped_attention(const input_view<3>& queries, const grouped_view& keys, const grouped_view& values,
                          float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e) {
-  using namespace detail;
-  warp::grouped_source key, value;
-  if (const status s = make_source<KeyDim>(keys, key); !s) return s;
-  if (const status s = make_source<ValueDim>(values, value); !s) return s;
-  if (keys.heads != values.heads || keys.tokens != values.tokens)
-    return refuse(status_code::shape_mismatch, "K and V disagree about heads or tokens");
-  if (const status s = check_sequence_operand(queries, keys.heads, KeyDim); !s) return s;
-  if (const status s = check_sequence_output(out, queries, ValueDim); !s) return s;
-  if (const status s = check_sequence_lse(lse, queries); !s) return s;
-  if (const status s = check_sequence_queries(queries.extent[1], keys.tokens, scale); !s) return s;
-  return launch_sequence_attention<KeyDim, ValueDim>(key, value, as_batch(queries), keys.heads, scale, as_batch(out),
-                                                     as_batch(lse), e);
+  return detail::sequence_attention<KeyDim, ValueDim, warp::grouped_source>(queries, keys, values, scale, out, lse, e);
 }
 
 }  // namespace packkv

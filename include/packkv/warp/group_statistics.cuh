@@ -29,6 +29,11 @@ struct extremes {
   }
 };
 
+/// What a min-max group with these extremes stores.
+__device__ inline detail::group_numbers bounds_of(const extremes& range) {
+  return range.finite ? detail::min_max_numbers(range.lowest, range.highest) : detail::group_numbers{};
+}
+
 /// Sum in double of term(element) over a group along channels. for_each(f) calls f(element) for the elements of this
 /// lane, in ascending order of index.
 template <class ForEach, class Term>
@@ -57,8 +62,7 @@ template <class Sum>
 __device__ inline detail::group_numbers group_numbers_of(const grouped_spec& spec, const extremes& range, int count,
                                                      Sum&& sum) {
   using namespace packkv::detail;
-  if (spec.step == step_rule::min_max)
-    return range.finite ? min_max_numbers(range.lowest, range.highest) : group_numbers{};
+  if (spec.step == step_rule::min_max) return bounds_of(range);
   if (spec.step == step_rule::gaussian) {
     const double squares = sum(add_square);
     return range.finite ? rms_numbers(squares, count) : group_numbers{};

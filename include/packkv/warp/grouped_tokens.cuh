@@ -3,6 +3,7 @@
 //   grouped_source source{spec, layout, bytes, tail};   // a token source, see token_source.cuh
 #pragma once
 
+#include <packkv/codec/grouped_checks.hpp>
 #include <packkv/codec/grouped_quantize.hpp>
 #include <packkv/warp/token_source.cuh>
 #include <packkv/warp/transform.cuh>
@@ -83,5 +84,16 @@ struct grouped_source {
     const std::uint32_t* words_;
   };
 };
+
+/// Checks a view and makes the source that kernels of this head dim read.
+inline status make_source(const grouped_view& view, int head_dim, grouped_source& source) {
+  grouped_layout layout;
+  if (const status s = detail::check_grouped_view(view, layout); !s) return s;
+  if (const status s = detail::check_head_dim(view.spec, head_dim); !s) return s;
+  source = {view.spec, layout, view.bytes,
+            make_input<4>(view.bytes + layout.tail_offset, view.tail_type,
+                          {1, view.heads, view.tokens - layout.coded_tokens, head_dim})};
+  return {};
+}
 
 }  // namespace packkv::warp
