@@ -146,8 +146,10 @@ TEST_CASE("strip-adaptive: scores, value sums and attention on the device are th
       return pk::adaptive_value_gemv<64>(w, value.gpu(), out, e);
     };
     calls.attention = [&](auto& q, float scale, auto& out, auto& lse, auto& e) {
-      return pk::adaptive_attention<128, 64>(q, key.gpu(), value.gpu(), scale, out, lse, e);
+      return pk::adaptive_attention<128, 64>(q, key.gpu(), value.gpu(), scale, out, lse, e,
+                                                calls.options);
     };
+    draw_options(random, key.x, value.x, calls);
     check_sequence_calls<64>(random, key.decoded(), value.decoded(), tokens, tokens, calls);
   }
 }

@@ -159,8 +159,10 @@ TEST_CASE("grouped formats: scores, value sums and attention on the device agree
         return pk::grouped_value_gemv<value_dim>(w, value.gpu(), out, e);
       };
       calls.attention = [&](auto& q, float scale, auto& out, auto& lse, auto& e) {
-        return pk::grouped_attention<key_dim, value_dim>(q, key.gpu(), value.gpu(), scale, out, lse, e);
+        return pk::grouped_attention<key_dim, value_dim>(q, key.gpu(), value.gpu(), scale, out, lse, e,
+                                                  calls.options);
       };
+      draw_options(random, key.x, value.x, calls);
       check_sequence_calls<value_dim>(random, key.decoded(), value.decoded(), tokens, tokens, calls);
     });
   }

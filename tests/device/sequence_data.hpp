@@ -118,7 +118,23 @@ struct sequence_calls {
   std::function<pk::status(const pk::input_view<3>&, float, const pk::output_view<3>&, const pk::output_view<2>&,
                            const pk::exec&)>
       attention;
+  // What attention does with 16-bit tokens, whose data these are; null: nothing.
+  const tensor_data *keys = nullptr, *values = nullptr;
+  pk::sequence_options options = {};
 };
+
+/// Options of attention for a sequence with these tensors: one draw in two none, else any.
+inline void draw_options(random_source& random, const tensor_data& keys, const tensor_data& values,
+                         sequence_calls& calls) {
+  if (random.one_in(2)) return;
+  calls.keys = &keys;
+  calls.values = &values;
+  calls.options.keys = sequence(keys.device());
+  calls.options.values = sequence(values.device());
+  calls.options.sinks = random.one_in(2) ? random.between(1, 80) : 0;
+  calls.options.recent = random.one_in(2) ? random.between(1, 90) : 0;
+  calls.options.window = random.one_in(2) ? random.between(1, static_cast<int>(keys.tokens) + 9) : 0;
+}
 
 /// Runs the calls on random queries and weights and compares with sums in double. `scored` of the tokens are those that
 /// the GEMVs know (all but a tail that they do not take). Bounds follow from float sums of that many terms.
@@ -155,10 +171,16 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
   const auto load = [](const tensor_data& x, std::int64_t h, std::int64_t i, std::int64_t c) {
     return static_cast<double>(pk::detail::load_element(pk::detail::address(x.host(), 0, h, i, c), x.type));
   };
+  const pk::sequence_options& o = calls.options;
+  const auto distance = [&](std::int64_t i, std::int64_t t) { return tokens - n + i - t; };
+  const auto seen = [&](std::int64_t i, std::int64_t t) {
+    return distance(i, t) >= 0 && (o.window == 0 || distance(i, t) < o.window);
+  };
+  const auto raw = [&](std::int64_t i, std::int64_t t) { return seen(i, t) && (t < o.sinks || distance(i, t) < o.recent); };
   int wrong_scores = 0, wrong_sums = 0, wrong_outputs = 0;
   for (std::int64_t h = 0; h < heads; ++h)
     for (std::int64_t i = 0; i < n; ++i) {
-      const std::int64_t kv = h / group, visible = tokens - n + i + 1;
+      const std::int64_t kv = h / group;
       std::vector<double> p(static_cast<std::size_t>(tokens));
       double top = -INFINITY, largest = 0.0, total = 0.0;
       for (std::int64_t t = 0; t < tokens; ++t) {
@@ -171,29 +193,36 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
         const double s = sum * static_cast<double>(scale);
         size *= static_cast<double>(scale);
         if (t < scored && !(std::fabs(scores.at(h, i, t) - s) <= 32 * ulp * size)) ++wrong_scores;
-        p[static_cast<std::size_t>(t)] = s;
+        double& score = p[static_cast<std::size_t>(t)] = s;
+        if (raw(i, t)) {
+          score = 0.0;
+          for (std::int64_t c = 0; c < keys.dim; ++c)
+            score += load(q, h, i, c) * load(*calls.keys, kv, t, c) * static_cast<double>(scale);
+        }
         largest = std::max(largest, size);
-        if (t < visible) top = std::max(top, s);
+        if (seen(i, t)) top = std::max(top, score);
       }
-      for (std::int64_t t = 0; t < visible; ++t) total += std::exp(p[static_cast<std::size_t>(t)] - top);
+      for (std::int64_t t = 0; t < tokens; ++t)
+        if (seen(i, t)) total += std::exp(p[static_cast<std::size_t>(t)] - top);
       const double weight_error = 2 * 32 * ulp * largest + 16 * ulp + (static_cast<double>(tokens) + 64) * ulp;
       if (!(std::fabs(lse.at(0, h, i) - (top + std::log(total))) <= weight_error + 8 * ulp * std::fabs(top)))
         ++wrong_outputs;
       for (std::int64_t c = 0; c < values.dim; ++c) {
-        double sum = 0.0, size = 0.0, o = 0.0, o_size = 0.0;
+        double sum = 0.0, size = 0.0, mean = 0.0, mean_size = 0.0;
         for (std::int64_t t = 0; t < tokens; ++t) {
-          const double x = values.at(kv, t, c);
+          double x = values.at(kv, t, c);
           if (t < scored) {
             sum += load(w, h, i, t) * x;
             size += std::fabs(load(w, h, i, t) * x);
           }
-          if (t >= visible) continue;
+          if (!seen(i, t)) continue;
+          if (raw(i, t)) x = load(*calls.values, kv, t, c);
           const double weight = std::exp(p[static_cast<std::size_t>(t)] - top) / total;
-          o += weight * x;
-          o_size += weight * std::fabs(x);
+          mean += weight * x;
+          mean_size += weight * std::fabs(x);
         }
         if (!(std::fabs(sums.at(h, i, c) - sum) <= (static_cast<double>(tokens) + 64) * ulp * size)) ++wrong_sums;
-        if (!(std::fabs(out.at(h, i, c) - o) <= 2 * weight_error * o_size)) ++wrong_outputs;
+        if (!(std::fabs(out.at(h, i, c) - mean) <= 2 * weight_error * mean_size)) ++wrong_outputs;
       }
     }
   CHECK(wrong_scores == 0);

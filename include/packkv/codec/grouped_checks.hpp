@@ -3,6 +3,7 @@
 //   if (const status s = packkv::detail::check_grouped_view(view, layout); !s) return s;
 #pragma once
 
+#include <initializer_list>
 #include <packkv/codec/grouped.hpp>
 #include <packkv/codec/strip_adaptive.hpp>
 
@@ -29,6 +30,14 @@ struct adaptive_view {
   std::int64_t tokens = 0;
   std::int64_t recent = 0;
   dtype tail_type = dtype::float16;
+};
+
+/// Tokens of a sequence that attention reads in 16 bits instead of coded, and those that it does not see.
+struct sequence_options {
+  input_view<3> keys = {}, values = {};  ///< K [heads, tokens, D_k] and V as they were, where sinks or recent > 0
+  std::int64_t sinks = 0;                ///< the first tokens
+  std::int64_t recent = 0;  ///< for each query, the tokens whose distance to it is less: itself and recent - 1 before it
+  std::int64_t window = 0;  ///< a query sees tokens whose distance to it is less; 0: all before it
 };
 
 namespace detail {
@@ -101,6 +110,19 @@ inline status check_sequence_queries(std::int64_t queries, std::int64_t tokens, 
   if (queries > tokens) return refuse(status_code::shape_mismatch, "there are more queries than tokens", queries);
   if (!(scale > 0.0f) || !is_finite(scale))
     return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
+  return {};
+}
+
+inline status check_sequence_options(const sequence_options& o, std::int64_t heads, std::int64_t tokens,
+                                     std::int64_t key_dim, std::int64_t value_dim) {
+  if (o.sinks < 0 || o.recent < 0 || o.window < 0)
+    return refuse(status_code::invalid_argument, "sinks, recent and window must not be negative");
+  if (o.sinks == 0 && o.recent == 0) return {};
+  for (const input_view<3>* x : {&o.keys, &o.values}) {
+    if (const status s = check_view(*x); !s) return s;
+    if (x->extent[0] != heads || x->extent[1] != tokens || x->extent[2] != (x == &o.keys ? key_dim : value_dim))
+      return refuse(status_code::shape_mismatch, "the 16-bit K or V does not fit the coded sides");
+  }
   return {};
 }
 

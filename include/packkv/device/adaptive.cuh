@@ -81,8 +81,10 @@ status adaptive_value_gemv(const input_view<3>& weights, const adaptive_view& va
 /// As grouped_attention.
 template <int KeyDim, int ValueDim>
 status adaptive_attention(const input_view<3>& queries, const adaptive_view& keys, const adaptive_view& values,
-                          float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e) {
-  return detail::sequence_attention<KeyDim, ValueDim, warp::adaptive_source>(queries, keys, values, scale, out, lse, e);
+                          float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e,
+                          const sequence_options& options = {}) {
+  return detail::sequence_attention<KeyDim, ValueDim, warp::adaptive_source>(queries, keys, values, scale, out, lse, e,
+                                                                             options);
 }
 
 }  // namespace packkv

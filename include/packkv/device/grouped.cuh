@@ -62,7 +62,8 @@ status sequence_value_gemv(const input_view<3>& weights, const View& values, con
 
 template <int KeyDim, int ValueDim, class Source, class View>
 status sequence_attention(const input_view<3>& queries, const View& keys, const View& values, float scale,
-                          const output_view<3>& out, const output_view<2>& lse, const exec& e) {
+                          const output_view<3>& out, const output_view<2>& lse, const exec& e,
+                          const sequence_options& options) {
   Source key, value;
   if (const status s = make_source(keys, KeyDim, key); !s) return s;
   if (const status s = make_source(values, ValueDim, value); !s) return s;
@@ -72,8 +73,15 @@ status sequence_attention(const input_view<3>& queries, const View& keys, const 
   if (const status s = check_sequence_output(out, queries, ValueDim); !s) return s;
   if (const status s = check_sequence_lse(lse, queries); !s) return s;
   if (const status s = check_sequence_queries(queries.extent[1], keys.tokens, scale); !s) return s;
+  if (const status s = check_sequence_options(options, keys.heads, keys.tokens, KeyDim, ValueDim); !s) return s;
+  const kernel::sequence_attention_args more{as_batch(lse),
+                                             {as_batch(options.keys)},
+                                             {as_batch(options.values)},
+                                             options.sinks,
+                                             options.recent,
+                                             options.window};
   return launch_sequence_attention<KeyDim, ValueDim>(key, value, as_batch(queries), keys.heads, scale, as_batch(out),
-                                                     as_batch(lse), e);
+                                                     more, e);
 }
 
 }  // namespace detail
@@ -141,11 +149,14 @@ status grouped_value_gemv(const input_view<3>& weights, const grouped_view& valu
 /// softmax(scale * q.K^T) V on the stored bytes, in stream order. K and V may have different specs and `recent`.
 /// \param queries device memory [query_heads, n, KeyDim], the last n positions: query i sees tokens 0 .. tokens - n + i.
 /// \param out [query_heads, n, ValueDim]. \param lse natural logarithm of the sum of exponentials [query_heads, n], or a
-/// null view. \param e workspace of sequence_workspace_bytes, initialised once.
+/// null view. \param e workspace of sequence_workspace_bytes, initialised once. \param options sinks, recent tokens and a
+/// window; a window hides tokens of either kind.
 template <int KeyDim, int ValueDim>
 status grouped_attention(const input_view<3>& queries, const grouped_view& keys, const grouped_view& values,
-                         float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e) {
-  return detail::sequence_attention<KeyDim, ValueDim, warp::grouped_source>(queries, keys, values, scale, out, lse, e);
+                         float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e,
+                         const sequence_options& options = {}) {
+  return detail::sequence_attention<KeyDim, ValueDim, warp::grouped_source>(queries, keys, values, scale, out, lse, e,
+                                                                            options);
 }
 
 }  // namespace packkv

@@ -144,7 +144,7 @@ status attention(const pack_format& f, const packs_view& packs, const input_view
   }
   return launch_sequence_attention<KeyDim, ValueDim>(pack_side_source(f, side::key, packs, key_tail),
                                                      pack_side_source(f, side::value, packs, value_tail), queries,
-                                                     f.kv_heads, scale, out, lse, e);
+                                                     f.kv_heads, scale, out, {lse, {}, {}, 0, 0, 0}, e);
 }
 
 }  // namespace packkv

@@ -76,15 +76,14 @@ status launch_sequence_value_gemv(const Source& source, const input_view<4>& wei
 template <int KeyDim, int ValueDim, class Source>
 status launch_sequence_attention(const Source& keys, const Source& values, const input_view<4>& queries,
                                  std::int64_t kv_heads, float scale, const output_view<4>& out,
-                                 const output_view<3>& lse, const exec& e) {
+                                 const kernel::sequence_attention_args& more, const exec& e) {
   policy::decode_grid grid;
   kernel::sequence_args a = make_sequence_args(queries, out, kv_heads, warp::tokens_of(keys), e, grid);
   if (grid.units == 0) return {};
   if (const status s = check_grid<ValueDim>(grid, e); !s) return s;
   a.scale = scale;
-  a.lse = lse;
   return launch(kernel::sequence_attention<KeyDim, ValueDim, Source>, grid_for(grid.units * grid.splits),
-                policy::decode_warps * 32, e.stream, keys, values, a);
+                policy::decode_warps * 32, e.stream, keys, values, a, more);
 }
 
 }  // namespace detail

@@ -43,7 +43,6 @@ __global__ void __launch_bounds__(sequence_warps * 32)
 struct sequence_args {
   input_view<4> in;    ///< queries [.., D_k] or weights [.., tokens]
   output_view<4> out;  ///< scores [.., tokens] or outputs [.., D_v]
-  output_view<3> lse;  ///< attention only: natural logarithm, may be null
   float scale;
   std::int64_t tokens;  ///< of a sequence
   block::split_storage storage;
@@ -121,24 +120,14 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
-/// The weighted sums of a block's rows over a source. weigh(tile, first, count, weights, softmax, rescale) turns a tile
-/// into weights; write(row, sums) is called in the last split's warps, one row each.
-template <int HeadDim, class Source, class Weigh, class Write>
-__device__ inline void sum_sequence(const Source& source, const sequence_unit& unit,
-                                    typename block::row_merge<HeadDim, sequence_unit::rows>::temp_storage& storage,
-                                    warp::online_softmax<sequence_unit::rows> softmax, std::uint32_t& flags,
-                                    Weigh&& weigh, Write&& write) {
+/// Merges what the warps and splits of a unit have summed; write(row, sums) is called in the last split's warps.
+template <int HeadDim, class Write>
+__device__ inline void finish_sequence(const sequence_unit& unit,
+                                       typename block::row_merge<HeadDim, sequence_unit::rows>::temp_storage& storage,
+                                       const warp::online_softmax<sequence_unit::rows>& softmax,
+                                       const warp::value_sum<HeadDim, sequence_unit::rows>& sum, Write&& write) {
   constexpr int rows = sequence_unit::rows;
   static_assert(rows == policy::decode_warps, "a warp finishes one row");
-  warp::value_sum<HeadDim, rows> sum;
-  unit.for_each_tile([&](std::int64_t tile, std::int64_t first, int count) {
-    float weights[2][rows], rescale[rows];
-    weigh(tile, first, count, weights, softmax, rescale);
-    sum.rescale(rescale);
-    warp::read_tile<HeadDim>(source, unit.b, unit.head, tile, flags, [&](auto& tokens) {
-      sum.add_tokens(weights, [&](int slot, float(&x)[HeadDim / 32]) { tokens.load(slot, x); });
-    });
-  });
   block::attention_row<HeadDim> row = block::row_merge<HeadDim, rows>::merge(storage, softmax, sum);
   if (block::split_merge<HeadDim, rows>::is_last(unit.a.storage, unit.unit, unit.split, unit.a.splits, row) &&
       unit.row_exists(detail::warp_id()))
@@ -156,29 +145,39 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
   std::uint32_t flags = 0;
   warp::online_softmax<rows> plain;  // a sum without a maximum: every weight counts as it is
   for (int r = 0; r < rows; ++r) plain.maximum[r] = 0.0f;
-  sum_sequence<HeadDim>(
-      source, unit, storage, plain, flags,
-      [&](std::int64_t, std::int64_t first, int count, float(&weights)[2][rows], auto&, float(&rescale)[rows]) {
-        for (int r = 0; r < rows; ++r) {
-          rescale[r] = 1.0f;
-          for (int j = 0; j < 2; ++j) {
-            const int slot = lane_id() + 32 * j;
-            weights[j][r] = slot < count ? unit.load(r, first + slot) : 0.0f;
-          }
-        }
-      },
-      [&](int r, const block::attention_row<HeadDim>& row) {
-        for (int i = 0; i < HeadDim / 32; ++i) unit.store(r, lane_id() + 32 * i, row.channel[i]);
-      });
+  warp::value_sum<HeadDim, rows> sum;
+  unit.for_each_tile([&](std::int64_t tile, std::int64_t first, int count) {
+    float weights[2][rows];
+    for (int j = 0; j < 2; ++j)
+      for (int r = 0; r < rows; ++r) {
+        const int slot = lane_id() + 32 * j;
+        weights[j][r] = slot < count ? unit.load(r, first + slot) : 0.0f;
+      }
+    warp::read_tile<HeadDim>(source, unit.b, unit.head, tile, flags, [&](auto& tokens) {
+      sum.add_tokens(weights, [&](int slot, float(&x)[HeadDim / 32]) { tokens.load(slot, x); });
+    });
+  });
+  finish_sequence<HeadDim>(unit, storage, plain, sum, [&](int r, const block::attention_row<HeadDim>& row) {
+    for (int i = 0; i < HeadDim / 32; ++i) unit.store(r, lane_id() + 32 * i, row.channel[i]);
+  });
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
-/// out = softmax(scale * in . k^) v^. The queries are the last positions: query i of n sees all but the newest n - 1 - i
-/// tokens. K and V may differ in how many of their tokens are coded.
+/// What attention needs beside sequence_args.
+struct sequence_attention_args {
+  output_view<3> lse;               ///< natural logarithm, may be null
+  warp::raw_source keys, values;    ///< all tokens in 16 bits, where sinks or recent > 0
+  std::int64_t sinks = 0;           ///< tokens 0 .. sinks - 1 are read there
+  std::int64_t recent = 0;          ///< and those whose distance to the query is less than this
+  std::int64_t window = 0;          ///< tokens at this distance or more are not seen; 0: all are
+};
+
+/// out = softmax(scale * in . k^) v^. The queries are the last positions: query i of n stands at token tokens - n + i and
+/// sees no later one. K and V may differ in how many of their tokens are coded.
 template <int KeyDim, int ValueDim, class Source>
 __global__ void __launch_bounds__(policy::decode_warps * 32)
     sequence_attention(const __grid_constant__ Source keys, const __grid_constant__ Source values,
-                       const __grid_constant__ sequence_args a) {
+                       const __grid_constant__ sequence_args a, const __grid_constant__ sequence_attention_args more) {
   using namespace packkv::detail;
   constexpr int rows = sequence_unit::rows;
   using scores_type = warp::token_scores<KeyDim, rows>;
@@ -187,26 +186,45 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
   const sequence_unit unit(a);
   unit.load_queries<KeyDim>(queries);
   std::uint32_t flags = 0;
-  sum_sequence<ValueDim>(
-      values, unit, storage, warp::online_softmax<rows>(), flags,
-      [&](std::int64_t tile, std::int64_t first, int count, float(&weights)[2][rows], auto& softmax,
-          float(&rescale)[rows]) {
-        warp::read_tile<KeyDim>(keys, unit.b, unit.head, tile, flags,
-                                [&](auto& tokens) { scores_type::compute(queries, tokens, count, weights); });
-        for (int j = 0; j < 2; ++j)
-          for (int r = 0; r < rows; ++r) {
-            const int slot = lane_id() + 32 * j;
-            const bool visible = slot < count && first + slot <= a.tokens - a.in.extent[2] + unit.query(r);
-            weights[j][r] = visible ? weights[j][r] * a.scale * 1.4426950408889634f : -infinity();
-          }
-        softmax.weigh(weights, rescale);
-      },
-      [&](int r, const block::attention_row<ValueDim>& row) {
-        for (int i = 0; i < ValueDim / 32; ++i) unit.store(r, lane_id() + 32 * i, row.channel[i] / row.sum);
-        if (a.lse.data != nullptr && lane_id() == 0)
-          store_element(address(a.lse, unit.b, unit.query_head(r), unit.query(r)), a.lse.type,
-                        (row.maximum + log2f(row.sum)) * 0.6931471805599453f);
-      });
+  warp::online_softmax<rows> softmax;
+  warp::value_sum<ValueDim, rows> sum;
+  std::int64_t position[rows];
+  for (int r = 0; r < rows; ++r)
+    position[r] = a.tokens - a.in.extent[2] + min_of<std::int64_t>(unit.query(r), a.in.extent[2] - 1);
+
+  /// Adds the tokens of a tile that are raw, or those that are not, if a row sees one.
+  const auto add = [&](const auto& key, const auto& value, std::int64_t tile, std::int64_t first, int count, bool raw) {
+    const auto seen = [&](int slot, int r) {
+      const std::int64_t t = first + slot, distance = position[r] - t;
+      return slot < count && distance >= 0 && (more.window == 0 || distance < more.window) &&
+             (t < more.sinks || distance < more.recent) == raw;
+    };
+    bool any = false;
+    for (int r = 0; r < rows; ++r) any = any || seen(lane_id(), r) || seen(lane_id() + 32, r);
+    if (__any_sync(all_lanes, any) == 0) return;
+    float weights[2][rows], rescale[rows];
+    warp::read_tile<KeyDim>(key, unit.b, unit.head, tile, flags,
+                            [&](auto& tokens) { scores_type::compute(queries, tokens, count, weights); });
+    for (int j = 0; j < 2; ++j)
+      for (int r = 0; r < rows; ++r)
+        weights[j][r] =
+            seen(lane_id() + 32 * j, r) ? weights[j][r] * a.scale * 1.4426950408889634f : -infinity();
+    softmax.weigh(weights, rescale);
+    sum.rescale(rescale);
+    warp::read_tile<ValueDim>(value, unit.b, unit.head, tile, flags, [&](auto& tokens) {
+      sum.add_tokens(weights, [&](int slot, float(&x)[ValueDim / 32]) { tokens.load(slot, x); });
+    });
+  };
+  unit.for_each_tile([&](std::int64_t tile, std::int64_t first, int count) {
+    add(keys, values, tile, first, count, false);
+    if (more.sinks > 0 || more.recent > 0) add(more.keys, more.values, tile, first, count, true);
+  });
+  finish_sequence<ValueDim>(unit, storage, softmax, sum, [&](int r, const block::attention_row<ValueDim>& row) {
+    for (int i = 0; i < ValueDim / 32; ++i) unit.store(r, lane_id() + 32 * i, row.channel[i] / row.sum);
+    if (more.lse.data != nullptr && lane_id() == 0)
+      store_element(address(more.lse, unit.b, unit.query_head(r), unit.query(r)), more.lse.type,
+                    (row.maximum + log2f(row.sum)) * 0.6931471805599453f);
+  });
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 

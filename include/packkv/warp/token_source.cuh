@@ -56,6 +56,17 @@ __device__ inline void read_tile(const Source& source, std::int64_t b, int head,
   }
 }
 
+/// Tokens that are all in 16 bits, [batch, kv_heads, tokens, head_dim], as a source.
+struct raw_source {
+  input_view<4> tail;
+};
+template <int HeadDim, class Function>
+__device__ inline void read_tile(const raw_source& source, std::int64_t b, int head, std::int64_t tile, std::uint32_t&,
+                                 Function&& f) {
+  tail_reader<HeadDim> tokens(source.tail, b, head, tile * tile_tokens);
+  f(tokens);
+}
+
 /// Scores of `Rows` queries against the first `count` tokens of a tile.
 template <int HeadDim, int Rows>
 struct token_scores {
