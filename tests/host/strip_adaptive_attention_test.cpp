@@ -171,9 +171,19 @@ TEST_CASE("strip-adaptive attention refuses what disagrees or is damaged before 
     refused(changed([](view& b) { b.bytes += 8; }), status_code::misaligned);
     refused(changed([](view& b) { b.size -= 16; }), status_code::corrupt);
     refused(changed([](view& b) { b.size += 16; }), status_code::corrupt);
+    refused(changed([](view& b) { b.size = INT64_MIN; }), status_code::corrupt);
     refused(changed([](view& b) { b.spec.relative_step = 0.0f; }), status_code::invalid_argument);
     refused(changed([](view& b) { b.spec.groups.width = 4; }), status_code::invalid_argument);
 
+    for (const std::int64_t size : {INT64_MIN, std::int64_t{-16}, std::int64_t{0}, k.size - 16, INT64_MAX}) {
+      std::vector<std::int64_t> offsets = c.k.offsets;
+      offsets.back() = size;
+      refused(changed([&](view& b) {
+                b.offsets = offsets.data();
+                b.size = size;
+              }),
+              status_code::corrupt);
+    }
     for (std::size_t i = 0; i < c.k.offsets.size(); ++i)
       for (const std::int64_t offset : {std::int64_t{-1}, std::int64_t{0}, k.size + 16, c.k.offsets[i] + 16,
                                         c.k.offsets[i] - 16, c.k.offsets[i] + 1, INT64_MAX, INT64_MIN}) {
@@ -192,6 +202,20 @@ TEST_CASE("strip-adaptive attention refuses what disagrees or is damaged before 
         }
         width = kept;
       }
+    int same_size = 0;  // widths that are not in the list in a tile whose size agrees
+    for (int strip = 0; strip + 1 < 4; ++strip) {
+      std::uint8_t* const widths = c.k.bytes.data() + c.k.offsets[1] + strip;
+      const std::uint8_t kept[] = {widths[0], widths[1]};
+      for (const int bad : {5, 6, 7}) {
+        if (kept[0] + kept[1] < bad) continue;
+        ++same_size;
+        widths[0] = static_cast<std::uint8_t>(bad);
+        widths[1] = static_cast<std::uint8_t>(kept[0] + kept[1] - bad);
+        refused(k, status_code::corrupt);
+        std::copy_n(kept, 2, widths);
+      }
+    }
+    CHECK(same_size > 0);
     CHECK(c.out.all(42.0f));
     CHECK(c.scores.all(42.0f));
     CHECK(c.sums.all(42.0f));

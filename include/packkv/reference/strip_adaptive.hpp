@@ -105,11 +105,10 @@ inline status check_adaptive_buffer(const void* bytes, std::int64_t size, const 
 /// Checks all offsets and headers: afterwards every tile lies within the bytes and has the size that its header says.
 inline status check_adaptive_tiles(const adaptive_spec& spec, const adaptive_layout& l, const std::uint8_t* bytes,
                                    std::int64_t size, const std::int64_t* offsets) {
-  if (offsets[0] != l.tiles_offset || offsets[l.tiles] != size)
+  if (size < l.tiles_offset || offsets[0] != l.tiles_offset || offsets[l.tiles] != size)
     return refuse(status_code::corrupt, "the offsets disagree with the buffer");
-  for (std::int64_t i = 0; i < l.tiles; ++i) {
-    const bool inside = offsets[i] >= l.tiles_offset && offsets[i] <= size && offsets[i] % 16 == 0;
-    const std::int64_t left = inside ? size - offsets[i] : -1;
+  for (std::int64_t i = 0; i < l.tiles; ++i) {  // offsets[i] is where the last tile ends, a multiple of 16
+    const std::int64_t left = size - offsets[i];
     if (left < spec.header_bytes() + spec.number_bytes())
       return refuse(status_code::corrupt, "a tile's offset lies outside the buffer", i);
     for (int s = 0; s < spec.strip_count(); ++s)
