@@ -106,11 +106,13 @@ TEST_CASE("strip-adaptive: numbers that cannot be coded give the reference's byt
       tensor_data x = random_sequence(random, pk::dtype::bfloat16, 2, 130, 64);
       for (const int token : {3, 40, 129})
         x.host_bits[static_cast<std::size_t>((130 + token) * (x.dim + x.pad) + 5)] = pk::float_to_bfloat16(bad);
+      // Another token of the same block overflows, whatever the first ones do.
+      x.host_bits[static_cast<std::size_t>(20 * (x.dim + x.pad) + 9)] = pk::float_to_bfloat16(-3e38f);
       x.device_bits.assign(x.host_bits);
       coded_side side(spec, std::move(x), 0);
       INFO("element " << bad);
       side.check_encoder<64>();
-      if (!std::isfinite(bad)) CHECK(side.report.flags == pk::report_nonfinite_input);
+      CHECK(((side.report.flags & pk::report_nonfinite_input) != 0) == !std::isfinite(bad));
     }
 }
 
@@ -224,7 +226,7 @@ TEST_CASE("strip-adaptive calls on the device refuse what does not fit, and writ
   CHECK(pk::decode_adaptive<64>(view, x.device(), none).code == status_code::invalid_argument);
   view = side.gpu();
   view.size = side.layout.tiles_offset - 1;
-  CHECK(pk::decode_adaptive<64>(view, x.device(), none).code == status_code::shape_mismatch);
+  CHECK(pk::decode_adaptive<64>(view, x.device(), none).code == status_code::corrupt);
   view = side.gpu();
   view.tokens = 99;
   CHECK(!pk::decode_adaptive<64>(view, x.device(), none));

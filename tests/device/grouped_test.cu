@@ -109,6 +109,8 @@ TEST_CASE("grouped formats: numbers that cannot be coded give the reference's by
         tensor_data x = random_sequence(random, pk::dtype::bfloat16, 2, 70, 64);
         for (const int token : {3, 40, 66})
           x.host_bits[static_cast<std::size_t>((70 + token) * (x.dim + x.pad) + 5)] = pk::float_to_bfloat16(bad);
+        // Another token of the same block overflows, whatever the first ones do.
+        x.host_bits[static_cast<std::size_t>(20 * (x.dim + x.pad) + 9)] = pk::float_to_bfloat16(-3e38f);
         x.device_bits.assign(x.host_bits);
         coded_side side(spec, std::move(x), 0);
         INFO("axis " << axis << " step " << step << " element " << bad);
@@ -117,7 +119,7 @@ TEST_CASE("grouped formats: numbers that cannot be coded give the reference's by
                                        reporter.exec()));
         CHECK((side.device.host() == side.bytes.copy()));
         CHECK(reporter.read().flags == side.report.flags);
-        if (!std::isfinite(bad)) CHECK(side.report.flags == pk::report_nonfinite_input);
+        CHECK(((side.report.flags & pk::report_nonfinite_input) != 0) == !std::isfinite(bad));
       }
     }
 }

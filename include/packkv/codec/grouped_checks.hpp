@@ -65,17 +65,21 @@ inline status check_head_dim(const grouped_spec& spec, int head_dim) {
   return {};
 }
 
+inline status check_adaptive_buffer(const void* bytes, std::int64_t size, const std::int64_t* offsets) {
+  if (offsets == nullptr || (bytes == nullptr && size > 0))
+    return refuse(status_code::invalid_argument, "the buffer or the offsets are null");
+  if (reinterpret_cast<std::uintptr_t>(bytes) % 16 != 0 || reinterpret_cast<std::uintptr_t>(offsets) % 8 != 0)
+    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned, the offsets 8-byte aligned");
+  return {};
+}
+
 /// All of a view but its offsets and tiles, which may lie in device memory.
 inline status check_adaptive_view(const adaptive_view& view, adaptive_layout& layout) {
   if (const status s = make_adaptive_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
   if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
-  if (view.offsets == nullptr || (view.bytes == nullptr && view.size > 0))
-    return refuse(status_code::invalid_argument, "the buffer or the offsets are null");
-  if (reinterpret_cast<std::uintptr_t>(view.bytes) % 16 != 0 || reinterpret_cast<std::uintptr_t>(view.offsets) % 8 != 0)
-    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned, the offsets 8-byte aligned");
+  if (const status s = check_adaptive_buffer(view.bytes, view.size, view.offsets); !s) return s;
   if (view.size < layout.tiles_offset)
-    return refuse(status_code::shape_mismatch, "the buffer is shorter than the parts before its tiles",
-                  layout.tiles_offset);
+    return refuse(status_code::corrupt, "the buffer is shorter than the parts before its tiles", layout.tiles_offset);
   return {};
 }
 

@@ -30,10 +30,7 @@ status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x, std::i
   if (capacity < a.layout.max_bytes)
     return refuse(status_code::workspace_too_small, "the buffer is smaller than adaptive_layout::max_bytes",
                   a.layout.max_bytes);
-  if (offsets == nullptr || (bytes == nullptr && a.layout.max_bytes > 0))
-    return refuse(status_code::invalid_argument, "the buffer or the offsets are null");
-  if (reinterpret_cast<std::uintptr_t>(bytes) % 16 != 0 || reinterpret_cast<std::uintptr_t>(offsets) % 8 != 0)
-    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned, the offsets 8-byte aligned");
+  if (const status s = check_adaptive_buffer(bytes, a.layout.max_bytes, offsets); !s) return s;
 
   constexpr int threads = kernel::grouped_warps * 32;
   const auto grid = [](std::int64_t warps) { return grid_for(ceil_div<std::int64_t>(warps, kernel::grouped_warps)); };
