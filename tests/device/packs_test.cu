@@ -419,7 +419,7 @@ TEST_CASE("codes up to 255 in the median order, and tiles without a payload") {
     pack_case c(format_of(token_order::median, 16, dtype::float16, 2, 1, all, all), 1);
     for (pack_tensor* x : {&c.keys, &c.values})
       x->fill([&](std::int64_t, std::int64_t t, std::int64_t) {
-        return static_cast<float>(t * 37 % 64 * 4) + 3.0f * static_cast<float>(random.uniform());
+        return static_cast<float>((63 - t) * 37 % 64 * 4) + 3.0f * static_cast<float>(random.uniform());
       });
     REQUIRE(c.compress());
     check_compress(c);
