@@ -70,9 +70,11 @@ struct pack_tensor {
   void upload() { device_bits = device_array<std::uint16_t>(bits); }
 };
 
-/// Normal numbers with outlying channels, channels of one value, which is -0 for some, and tokens of one value.
+/// Normal numbers with extremes in the last element of a token, with outlying channels, channels of one value, which is
+/// -0 for some, and tokens of one value.
 void fill_random(random_source& random, pack_tensor& x) {
-  x.fill([&](std::int64_t, std::int64_t t, std::int64_t c) {
+  x.fill([&](std::int64_t h, std::int64_t t, std::int64_t c) {
+    if (h + 1 == x.extent[1] && c + 1 == x.extent[3]) return t % 64 == 63 ? -60.0f : t % 2 == 0 ? 40.0f : -50.0f;
     if (c % 11 == 3) return c % 2 == 0 ? -0.0f : 0.0f;
     if (c % 13 == 5) return 0.75f;
     if (t % 64 == 9) return -2.5f;
@@ -352,6 +354,28 @@ bool reads_as(const tiles_read& got, std::int64_t number, int dim, const std::ve
   return true;
 }
 
+/// Compresses on the device and compares everything with the reference.
+void check_compress(pack_case& c) {
+  device_side key(c.format, side::key, c.blocks), value(c.format, side::value, c.blocks);
+  device_order order(c);
+  REQUIRE(pk::compress(c.format, c.keys.device(), c.values.device(), c.blocks, key.out(), value.out(), order.order,
+                       c.exec()));
+  CHECK(order.slots.host() == c.order);
+  CHECK(key.equals(c.key));
+  CHECK(value.equals(c.value));
+  CHECK(c.flags() == 0);
+}
+
+/// Reads the reference's packs.
+void check_read(pack_case& c) {
+  for (const side which : {side::key, side::value}) {
+    const device_side packs(c.packs(which));
+    const tiles_read got = read(c.format, which, packs.in(), c.blocks);
+    for (std::int64_t i = 0; i < pk::tile_count(c.format, c.blocks); ++i)
+      CHECK(reads_as(got, i, c.format.codec(which).head_dim, decoded(c.format, which, c.packs(which).in(), i)));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("offsets are the sums of the sizes before them, for counts around the chunks of the scan") {
@@ -363,8 +387,10 @@ TEST_CASE("offsets are the sums of the sizes before them, for counts around the 
         offsets.push_back(std::int64_t{random.between(0, 1000)} << random.between(0, 40));
         expected.push_back(expected.back() + offsets.back());
       }
-      offsets.push_back(-7);  // behind the array
-      expected.push_back(-7);
+      if (first != 0) {  // behind the array, which ends with its memory otherwise
+        offsets.push_back(-7);
+        expected.push_back(-7);
+      }
       device_array<std::int64_t> device(offsets);
       REQUIRE(pk::detail::launch(pk::kernel::scan_offsets<pk::kernel::scan_threads>, dim3(1), pk::kernel::scan_threads,
                                  cudaStream_t{}, device.data(), std::int64_t{count}, first));
@@ -382,14 +408,32 @@ TEST_CASE("packs compressed on the device are the reference's bytes, and nothing
     pack_case c(e.format, e.blocks, e.how, 7);
     c.fill(random);
     REQUIRE(c.compress());
-    device_side key(e.format, side::key, e.blocks), value(e.format, side::value, e.blocks);
-    device_order order(c);
-    REQUIRE(pk::compress(e.format, c.keys.device(), c.values.device(), e.blocks, key.out(), value.out(), order.order,
-                         c.exec()));
-    CHECK(order.slots.host() == c.order);
-    CHECK(key.equals(c.key));
-    CHECK(value.equals(c.value));
-    CHECK(c.flags() == 0);
+    check_compress(c);
+  }
+}
+
+TEST_CASE("codes up to 255 in the median order, and tiles without a payload") {
+  random_source random(12);
+  {  // tokens whose medians are spread over all codes
+    const pk::pack_codec all = codec(pack_granularity::block, pack_zero::floating, 64, 1.0f / 255.0f);
+    pack_case c(format_of(token_order::median, 16, dtype::float16, 2, 1, all, all), 1);
+    for (pack_tensor* x : {&c.keys, &c.values})
+      x->fill([&](std::int64_t, std::int64_t t, std::int64_t) {
+        return static_cast<float>((63 - t) * 37 % 64 * 4) + 3.0f * static_cast<float>(random.uniform());
+      });
+    REQUIRE(c.compress());
+    check_compress(c);
+    check_read(c);
+  }
+  {  // a minimum of one bit a channel, and packs of width 0: the minima end with the tile
+    const pk::pack_codec flat = codec(pack_granularity::block, pack_zero::floating, 96, 1.0f);
+    pack_case c(format_of(token_order::median, 32, dtype::float16, 1, 1, flat, flat), 1);
+    for (pack_tensor* x : {&c.keys, &c.values})
+      x->fill([](std::int64_t, std::int64_t, std::int64_t channel) { return channel % 5 == 1 ? 2.0f : 1.0f; });
+    REQUIRE(c.compress());
+    REQUIRE(c.key.offsets[1] == pk::pack_tile{32, 96, 1, 0}.payload_offset());
+    check_compress(c);
+    check_read(c);
   }
 }
 
@@ -426,7 +470,7 @@ TEST_CASE("kernels of packs stride over what their grid does not cover") {
   const pk::kernel::pack_args k{f, side::key, c.keys.device(), key.out(), e.blocks, order.data(), c.report.data()};
   const pk::kernel::pack_args v{f,        side::value,  c.values.device(), value.out(),
                                 e.blocks, order.data(), c.report.data()};
-  constexpr int warps = 1, threads = 32 * warps;
+  constexpr int warps = 2, threads = 32 * warps;
   const auto run = [&](auto kernel, const pk::kernel::pack_args& a, int shared_bytes) {
     REQUIRE(pk::detail::launch(kernel, dim3(1), pk::detail::block_size(threads, shared_bytes), cudaStream_t{}, a));
   };
@@ -611,12 +655,7 @@ TEST_CASE("a warp reads the reference's reconstruction of packs, bit for bit") {
     pack_case c(e.format, e.blocks);
     c.fill(random);
     REQUIRE(c.compress());
-    for (const side which : {side::key, side::value}) {
-      const device_side packs(c.packs(which));
-      const tiles_read got = read(e.format, which, packs.in(), e.blocks);
-      for (std::int64_t i = 0; i < pk::tile_count(e.format, e.blocks); ++i)
-        CHECK(reads_as(got, i, e.format.codec(which).head_dim, decoded(e.format, which, c.packs(which).in(), i)));
-    }
+    check_read(c);
   }
   pk::warp::pack_source source;
   source.blocks = 3;

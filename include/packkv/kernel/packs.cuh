@@ -33,7 +33,7 @@ __device__ inline std::uint16_t pack_element(const pack_args& a, std::int64_t bl
 }
 
 /// Ranges of a batch row of a block.
-__device__ inline pack_range* ranges_of(const pack_args& a, std::int64_t block, std::int64_t b) {
+__device__ inline pack_range* pack_ranges_of(const pack_args& a, std::int64_t block, std::int64_t b) {
   return a.out.ranges + (block * a.format.batch + b) * range_count(a.format, a.which);
 }
 
@@ -48,7 +48,7 @@ __device__ inline int pack_code(const pack_args& a, const pack_range& range, std
 }
 
 /// The token that comes to a slot, within 0..63 whatever the order holds.
-__device__ inline int token_of(const pack_args& a, std::int64_t block, int slot) {
+__device__ inline int pack_token(const pack_args& a, std::int64_t block, int slot) {
   return a.order != nullptr ? a.order[block * tile_tokens + slot] % tile_tokens : slot;
 }
 
@@ -57,7 +57,7 @@ struct pack_place {
   std::int64_t block, b;
   int head;
 };
-__device__ inline pack_place place_of(const pack_format& f, std::int64_t tile) {
+__device__ inline pack_place pack_place_of(const pack_format& f, std::int64_t tile) {
   return {tile / f.kv_heads / f.batch, tile / f.kv_heads % f.batch, static_cast<int>(tile % f.kv_heads)};
 }
 
@@ -67,7 +67,8 @@ struct pack_extent {
 };
 
 /// codes: of the tile by slot, [64][head_dim].
-__device__ inline pack_extent extent_of(const pack_tile& shape, const std::uint8_t* codes, int group, int channel) {
+__device__ inline pack_extent pack_extent_of(const pack_tile& shape, const std::uint8_t* codes, int group,
+                                             int channel) {
   const std::uint8_t* const x = codes + group * shape.pack_size * shape.head_dim + channel;
   int low = x[0], high = x[0];
   for (int i = 1; i < shape.pack_size; ++i) {
@@ -78,24 +79,25 @@ __device__ inline pack_extent extent_of(const pack_tile& shape, const std::uint8
 }
 
 /// What the threads of a block know about their tile, in shared memory.
-struct tile_sizes {
+struct pack_sizes {
   int min_bits, width_bits;
   int start[tile_tokens / 2 + 1];  ///< word of the payload at which each group begins; behind them the end
 };
 
 /// Codes of a tile by slot, [64][head_dim] in shared memory, and its sizes. All threads of the block take part.
 template <int Warps>
-__device__ inline pack_tile load_tile(const pack_args& a, std::int64_t tile, std::uint8_t* codes, tile_sizes& sizes) {
+__device__ inline pack_tile load_pack_tile(const pack_args& a, std::int64_t tile, std::uint8_t* codes,
+                                           pack_sizes& sizes) {
   using namespace packkv::detail;
-  const pack_place at = place_of(a.format, tile);
+  const pack_place at = pack_place_of(a.format, tile);
   const pack_codec& codec = a.format.codec(a.which);
-  const pack_range* const ranges = ranges_of(a, at.block, at.b);
+  const pack_range* const ranges = pack_ranges_of(a, at.block, at.b);
   const int dim = codec.head_dim, thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < tile_tokens * dim; i += Warps * warp_threads) {
     const int slot = i / dim, c = i % dim;
-    codes[i] =
-        static_cast<std::uint8_t>(pack_code(a, ranges[range_index(codec, at.head, slot, c)],
-                                            pack_element(a, at.block, at.b, at.head, token_of(a, at.block, slot), c)));
+    codes[i] = static_cast<std::uint8_t>(
+        pack_code(a, ranges[range_index(codec, at.head, slot, c)],
+                  pack_element(a, at.block, at.b, at.head, pack_token(a, at.block, slot), c)));
   }
   if (thread == 0) sizes.min_bits = sizes.width_bits = sizes.start[0] = 0;
   __syncthreads();
@@ -104,7 +106,7 @@ __device__ inline pack_tile load_tile(const pack_args& a, std::int64_t tile, std
   for (int g = warp_id(); g < shape.groups(); g += Warps) {
     int widths = 0;
     for (int c = lane_id(); c < dim; c += warp_threads) {
-      const pack_extent pack = extent_of(shape, codes, g, c);
+      const pack_extent pack = pack_extent_of(shape, codes, g, c);
       widths += pack.width;
       min_bits = max_of(min_bits, bit_length(static_cast<std::uint32_t>(pack.minimum)));
       width_bits = max_of(width_bits, bit_length(static_cast<std::uint32_t>(pack.width)));
@@ -149,7 +151,7 @@ class field_writer {
 };
 
 /// Element (total - 1) / 2 of `total` sorted codes that have been counted. All lanes take part.
-__device__ inline int lower_median(const std::uint32_t* count, std::int64_t total) {
+__device__ inline int median_code(const std::uint32_t* count, std::int64_t total) {
   using namespace packkv::detail;
   constexpr int bins = (max_pack_code + 1) / warp_threads;
   std::int64_t own = 0;
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(Warps * 32) find_pack_ranges(const __grid_cons
     } else if (!(encode_code(codec, step, largest) <= static_cast<float>(max_pack_code))) {
       flags |= report_code_overflow;
     }
-    ranges_of(a, block, b)[group] = range;
+    pack_ranges_of(a, block, b)[group] = range;
   }
   add_report(a.report, flags, 0);
 }
@@ -240,11 +242,11 @@ __global__ void __launch_bounds__(Warps * 32) order_packs(const __grid_constant_
       __syncwarp();
       for (int i = lane_id(); i < channels; i += warp_threads) {
         const int b = i / dim / heads, head = i / dim % heads, c = i % dim;
-        const pack_range range = ranges_of(a, block, b)[range_index(codec, head, t, c)];
+        const pack_range range = pack_ranges_of(a, block, b)[range_index(codec, head, t, c)];
         atomicAdd(&mine[pack_code(a, range, pack_element(a, block, b, head, t, c))], 1u);
       }
       __syncwarp();
-      const int value = lower_median(mine, channels);
+      const int value = median_code(mine, channels);
       if (lane_id() == 0) median[t] = value;
       __syncwarp();
     }
@@ -286,11 +288,12 @@ __global__ void __launch_bounds__(Warps * 32) move_pack_ranges(const __grid_cons
   for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * Warps + warp_id(); item < items;
        item += static_cast<std::int64_t>(gridDim.x) * Warps) {
     const std::int64_t block = item / rows / a.format.batch, b = item / rows % a.format.batch;
-    std::uint32_t* const ranges = reinterpret_cast<std::uint32_t*>(ranges_of(a, block, b) + item % rows * tile_tokens);
+    std::uint32_t* const ranges =
+        reinterpret_cast<std::uint32_t*>(pack_ranges_of(a, block, b) + item % rows * tile_tokens);
     // Lane l owns entries l and l + 32 from the load to the store; the others see them by shuffles.
     const std::uint32_t first = ranges[lane_id()], second = ranges[lane_id() + warp_threads];
     for (int slot = lane_id(); slot < tile_tokens; slot += warp_threads) {
-      const int token = token_of(a, block, slot);
+      const int token = pack_token(a, block, slot);
       const std::uint32_t lower = shuffle(first, token % warp_threads), upper = shuffle(second, token % warp_threads);
       ranges[slot] = token < warp_threads ? lower : upper;
     }
@@ -301,10 +304,10 @@ __global__ void __launch_bounds__(Warps * 32) move_pack_ranges(const __grid_cons
 /// memory.
 template <int Warps>
 __global__ void __launch_bounds__(Warps * 32) measure_packs(const __grid_constant__ pack_args a) {
-  __shared__ tile_sizes sizes;
+  __shared__ pack_sizes sizes;
   const std::int64_t tiles = tile_count(a.format, a.blocks);
   for (std::int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const pack_tile shape = load_tile<Warps>(a, tile, packkv::detail::dynamic_shared(), sizes);
+    const pack_tile shape = load_pack_tile<Warps>(a, tile, packkv::detail::dynamic_shared(), sizes);
     if (threadIdx.x == 0) a.out.offsets[tile + 1] = shape.tile_bytes(sizes.start[shape.groups()]);
     __syncthreads();
   }
@@ -314,12 +317,12 @@ __global__ void __launch_bounds__(Warps * 32) measure_packs(const __grid_constan
 template <int Warps>
 __global__ void __launch_bounds__(Warps * 32) write_packs(const __grid_constant__ pack_args a) {
   using namespace packkv::detail;
-  __shared__ tile_sizes sizes;
+  __shared__ pack_sizes sizes;
   const std::uint8_t* const codes = dynamic_shared();
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t tiles = tile_count(a.format, a.blocks);
   for (std::int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const pack_tile shape = load_tile<Warps>(a, tile, packkv::detail::dynamic_shared(), sizes);
+    const pack_tile shape = load_pack_tile<Warps>(a, tile, packkv::detail::dynamic_shared(), sizes);
     std::uint8_t* const bytes = a.out.data + a.out.offsets[tile];
     for (int i = 16 * thread; i < shape.tile_bytes(sizes.start[shape.groups()]); i += 16 * Warps * warp_threads)
       store16(bytes + i, bytes16{});
@@ -334,7 +337,7 @@ __global__ void __launch_bounds__(Warps * 32) write_packs(const __grid_constant_
     for (int g = warp_id(); g < shape.groups(); g += Warps) {
       int begin = 0;  // bit of the group's payload where the packs of the next 32 channels begin
       for (int c = lane_id(); c < shape.head_dim; c += warp_threads) {
-        const pack_extent pack = extent_of(shape, codes, g, c);
+        const pack_extent pack = pack_extent_of(shape, codes, g, c);
         const int number = g * shape.head_dim + c, end = warp_prefix_sum(pack.width);
         field_writer width(words + shape.widths_offset() / 4, number * shape.width_bits);
         width.put(static_cast<std::uint32_t>(pack.width), shape.width_bits);
