@@ -19,11 +19,7 @@ inline status check_device_packs(const pack_format& f, const packs_view& packs) 
   for (const side which : {side::key, side::value}) {
     if (max_pack_bytes(f, which, packs.blocks) == 0 && packs.blocks > 0)
       return refuse(status_code::overflow, "the packs may not fit 63 bits");
-    const const_pack_side& s = which == side::key ? packs.key : packs.value;
-    if (packs.blocks > 0 && (s.offsets == nullptr || s.ranges == nullptr || s.data == nullptr))
-      return refuse(status_code::invalid_argument, "the offsets, ranges or data of packs are null");
-    if (!is_aligned(s.offsets, 8) || !is_aligned(s.ranges, 4) || !is_aligned(s.data, 16))
-      return refuse(status_code::misaligned, "packs need offsets at 8, ranges at 4 and data at 16 bytes");
+    if (const status s = check_pack_pointers(which == side::key ? packs.key : packs.value, packs.blocks); !s) return s;
   }
   return {};
 }

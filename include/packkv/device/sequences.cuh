@@ -73,8 +73,8 @@ status launch_sequence_value_gemv(const Source& source, const input_view<4>& wei
                 policy::decode_warps * 32, e.stream, source, a);
 }
 
-template <int KeyDim, int ValueDim, class Source>
-status launch_sequence_attention(const Source& keys, const Source& values, const input_view<4>& queries,
+template <int KeyDim, int ValueDim, class KeySource, class ValueSource>
+status launch_sequence_attention(const KeySource& keys, const ValueSource& values, const input_view<4>& queries,
                                  std::int64_t kv_heads, float scale, const output_view<4>& out,
                                  const kernel::sequence_attention_args& more, const exec& e) {
   policy::decode_grid grid;
@@ -82,7 +82,7 @@ status launch_sequence_attention(const Source& keys, const Source& values, const
   if (grid.units == 0) return {};
   if (const status s = check_grid<ValueDim>(grid, e); !s) return s;
   a.scale = scale;
-  return launch(kernel::sequence_attention<KeyDim, ValueDim, Source>, grid_for(grid.units * grid.splits),
+  return launch(kernel::sequence_attention<KeyDim, ValueDim, KeySource, ValueSource>, grid_for(grid.units * grid.splits),
                 policy::decode_warps * 32, e.stream, keys, values, a, more);
 }
 

@@ -59,6 +59,8 @@ __device__ inline void read_tile(const Source& source, std::int64_t b, int head,
 /// Tokens that are all in 16 bits, [batch, kv_heads, tokens, head_dim], as a source.
 struct raw_source {
   input_view<4> tail;
+
+  PACKKV_HOST_DEVICE std::int64_t coded_tokens() const { return 0; }
 };
 template <int HeadDim, class Function>
 __device__ inline void read_tile(const raw_source& source, std::int64_t b, int head, std::int64_t tile, std::uint32_t&,
