@@ -61,10 +61,8 @@ template <class Pointer, int Rank, class... Index>
 PACKKV_HOST_DEVICE inline Pointer address(const tensor_view<Pointer, Rank>& view, Index... index) {
   static_assert(sizeof...(Index) == Rank, "one index for each dimension");
   const std::int64_t indices[] = {static_cast<std::int64_t>(index)...};
-  std::uint64_t sum = 0;  // unsigned: strides that overflow belong to views that check_view refuses
-  for (int i = 0; i < Rank; ++i)
-    sum += static_cast<std::uint64_t>(indices[i]) * static_cast<std::uint64_t>(view.stride[i]);
-  const std::int64_t offset = static_cast<std::int64_t>(sum);
+  std::int64_t offset = 0;
+  for (int i = 0; i < Rank; ++i) offset += indices[i] * view.stride[i];
   if constexpr (std::is_same_v<Pointer, const void*>) {
     return static_cast<const char*>(view.data) + offset;
   } else {
