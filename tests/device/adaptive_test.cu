@@ -12,10 +12,9 @@ namespace {
 
 pk::adaptive_spec random_spec(random_source& random, pk::side which, int head_dim) {
   constexpr float steps[] = {1.0f / 255, 0.02f, 0.1f, 0.3f, 1.0f};
-  return pk::make_adaptive(which, head_dim, static_cast<pk::group_axis>(random.between(0, 2)),
-                           steps[random.between(0, 4)],
-                           random.one_in(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity,
-                           random.one_in(2));
+  return pk::make_adaptive(
+      which, head_dim, static_cast<pk::group_axis>(random.between(0, 2)), steps[random.between(0, 4)],
+      random.one_in(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.one_in(2));
 }
 
 /// A side of a sequence, coded by the reference; `device` and `device_offsets` are for the kernels.
@@ -74,6 +73,17 @@ struct coded_side {
     CHECK(reporter.read().flags == report.flags);
   }
 };
+
+/// The calls on keys of head dim 128 and values of 64, which must outlive `calls`.
+void set_calls(const coded_side& key, const coded_side& value, sequence_calls& calls) {
+  calls.key_gemv = [&](auto& q, float scale, auto& scores, auto& e) {
+    return pk::adaptive_key_gemv<128>(q, key.gpu(), scale, scores, e);
+  };
+  calls.value_gemv = [&](auto& w, auto& out, auto& e) { return pk::adaptive_value_gemv<64>(w, value.gpu(), out, e); };
+  calls.attention = [&](auto& q, float scale, auto& out, auto& lse, auto& e) {
+    return pk::adaptive_attention<128, 64>(q, key.gpu(), value.gpu(), scale, out, lse, e, calls.options);
+  };
+}
 
 template <class Function>
 void for_head_dims(Function&& f) {
@@ -141,19 +151,105 @@ TEST_CASE("strip-adaptive: scores, value sums and attention on the device are th
     const int heads = random.between(1, 2), tokens = random.between(1, 2 * most_tokens);
     const coded_side key(random, pk::side::key, 128, heads, tokens), value(random, pk::side::value, 64, heads, tokens);
     sequence_calls calls;
-    calls.key_gemv = [&](auto& q, float scale, auto& scores, auto& e) {
-      return pk::adaptive_key_gemv<128>(q, key.gpu(), scale, scores, e);
-    };
-    calls.value_gemv = [&](auto& w, auto& out, auto& e) {
-      return pk::adaptive_value_gemv<64>(w, value.gpu(), out, e);
-    };
-    calls.attention = [&](auto& q, float scale, auto& out, auto& lse, auto& e) {
-      return pk::adaptive_attention<128, 64>(q, key.gpu(), value.gpu(), scale, out, lse, e,
-                                                calls.options);
-    };
+    set_calls(key, value, calls);
     draw_options(random, key.x, value.x, calls);
     check_sequence_calls<64>(random, key.decoded(), value.decoded(), tokens, tokens, calls);
   }
+}
+
+TEST_CASE("strip-adaptive: sequences of several splits, with and without 16-bit tokens") {
+  random_source random(10);
+  constexpr int tokens = 600;
+  const coded_side key(random, pk::side::key, 128, 1, tokens), value(random, pk::side::value, 64, 1, tokens);
+  sequence_calls calls;
+  set_calls(key, value, calls);
+  check_sequence_workspace<128, 64>(random, 1, tokens, calls);
+  CHECK(pk::policy::make_decode_grid(1, 1, 15, tokens, 0).splits > 1);
+  check_sequence_calls<64>(random, key.decoded(), value.decoded(), tokens, 3, calls);
+  calls.keys = &key.x;
+  calls.values = &value.x;
+  calls.options = {sequence(key.x.device()), sequence(value.x.device()), 70, 40, 300};
+  check_sequence_calls<64>(random, key.decoded(), value.decoded(), tokens, 3, calls);
+}
+
+TEST_CASE("strip-adaptive kernels stride over what their grid does not cover") {
+  random_source random(11);
+  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+    INFO("axis " << static_cast<int>(axis));
+    const auto spec = pk::make_adaptive(pk::side::key, 64, axis, 0.1f, pk::transform_kind::identity, true);
+    tensor_data x = random_sequence(random, pk::dtype::float16, 3, 400, 64);
+    for (const int token : {7, 383})  // in the first block and in the last
+      x.host_bits[static_cast<std::size_t>((800 + token) * (x.dim + x.pad) + 5)] = 0x7c00;
+    x.device_bits.assign(x.host_bits);
+    coded_side side(spec, std::move(x), 10);
+    REQUIRE(side.layout.tiles == 18);
+    std::vector<std::uint8_t> expected = side.used();
+    expected.resize(static_cast<std::size_t>(side.layout.max_bytes), 0xff);
+    tensor_output decoded(pk::dtype::float32, 3, 400, 64);
+    const std::vector<std::uint8_t> untouched = decoded.host_bytes;
+    REQUIRE(pk::reference::decode_adaptive(spec, side.bytes.data(), side.offsets.back(), side.offsets.data(),
+                                           side.recent, decoded.host(), side.x.type));
+    for (const unsigned blocks : {1u, 2u}) {
+      INFO(blocks << " blocks");
+      device_reporter reporter;
+      device_array<std::uint8_t> bytes(expected.size());
+      device_array<std::int64_t> offsets(side.offsets.size());
+      bytes.poison();
+      const auto in = sequence(side.x.device());
+      const auto run = [&](auto kernel, int threads, auto... arguments) {
+        REQUIRE(pk::detail::launch(kernel, dim3(blocks), threads, cudaStream_t{}, arguments...));
+      };
+      constexpr int threads = pk::kernel::grouped_warps * 32;
+      run(pk::kernel::channel_means<64>, 64, in, side.layout.coded_tokens, bytes.data());
+      run(pk::kernel::copy_tail<64>, 64, in, side.layout.coded_tokens, bytes.data() + side.layout.tail_offset);
+      const pk::kernel::adaptive_args a{spec, side.layout, in, bytes.data(), offsets.data(), reporter.exec().report};
+      if (axis == pk::group_axis::token) run(pk::kernel::adaptive_shared_numbers<64>, threads, a);
+      run(pk::kernel::measure_adaptive<64>, threads, a);
+      REQUIRE(pk::detail::launch(pk::kernel::scan_offsets<64>, dim3(1), 64, cudaStream_t{}, offsets.data(),
+                                 side.layout.tiles, side.layout.tiles_offset));
+      run(pk::kernel::write_adaptive<64>, threads, a);
+      CHECK((offsets.host() == side.offsets));
+      CHECK((bytes.host() == expected));
+      CHECK(reporter.read().flags == side.report.flags);
+      pk::warp::adaptive_source source;
+      REQUIRE(pk::warp::make_source(side.gpu(), 64, source));
+      decoded.device_bytes.assign(untouched);
+      run(pk::kernel::sequence_decompress<64, pk::warp::adaptive_source>, pk::kernel::sequence_warps * 32, source,
+          pk::detail::as_batch(decoded.device()), std::int64_t{400}, reporter.exec().report);
+      CHECK((decoded.device_bytes.host() == decoded.host_bytes));
+    }
+  }
+}
+
+TEST_CASE("strip-adaptive: no tokens, and tokens that all stay 16-bit") {
+  random_source random(13);
+  struct shape {
+    int tokens, recent;
+  };
+  for (const shape s : {shape{0, 0}, shape{0, 40}, shape{1, 0}, shape{63, 0}, shape{100, 100}, shape{70, 1000}})
+    for (const bool centred : {false, true}) {
+      INFO("tokens " << s.tokens << " recent " << s.recent << " centred " << centred);
+      const auto make = [&](pk::side which, int head_dim) {
+        return coded_side(
+            pk::make_adaptive(which, head_dim, pk::group_axis::token, 0.1f, pk::transform_kind::hadamard, centred),
+            random_sequence(random, pk::dtype::float16, 2, s.tokens, head_dim), s.recent);
+      };
+      coded_side key = make(pk::side::key, 128), value = make(pk::side::value, 64);
+      REQUIRE(key.layout.tiles == 0);
+      key.check_encoder<128>();
+      value.check_encoder<64>();
+      tensor_output decoded(pk::dtype::bfloat16, 2, s.tokens, 64);
+      REQUIRE(pk::reference::decode_adaptive(value.spec, value.bytes.data(), value.offsets.back(), value.offsets.data(),
+                                             s.recent, decoded.host(), value.x.type));
+      REQUIRE(pk::decode_adaptive<64>(value.gpu(), decoded.device(), pk::exec{}));
+      CHECK((decoded.device_bytes.host() == decoded.host_bytes));
+      sequence_calls calls;
+      set_calls(key, value, calls);
+      if (s.tokens > 0)
+        check_sequence_calls<64>(random, key.decoded(), value.decoded(), s.tokens, s.tokens, calls);
+      else
+        check_no_tokens<128, 64>(calls);
+    }
 }
 
 TEST_CASE("damaged strip-adaptive tiles read as NaN, are reported, and nothing outside them is read") {

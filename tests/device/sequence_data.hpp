@@ -8,6 +8,7 @@
 #include <packkv/device/sequences.cuh>
 #include <string>
 
+#include "../support/catch.hpp"
 #include "test_cache.hpp"
 #include "workspace.hpp"
 
@@ -233,6 +234,66 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
     for (std::int64_t r = 0; r < heads * n; ++r)
       for (std::int64_t i = values.dim; i < values.dim + x->gap; ++i)
         CHECK(std::memcmp(x->host_bytes.data() + (r * (values.dim + x->gap) + i) * 4, untouched.data(), 4) == 0);
+}
+
+/// Calls over tokens that take several splits refuse a workspace that is null, misaligned or too small, and write
+/// nothing; scores need none.
+template <int KeyDim, int ValueDim>
+void check_sequence_workspace(random_source& random, std::int64_t kv_heads, std::int64_t tokens,
+                              const sequence_calls& calls) {
+  const tensor_data q(random, pk::dtype::float16, 1, kv_heads, 1, KeyDim),
+      w(random, pk::dtype::float16, 1, kv_heads, 1, tokens);
+  tensor_output scores(pk::dtype::float32, kv_heads, 1, tokens), out(pk::dtype::float32, kv_heads, 1, ValueDim);
+  const auto grid = pk::policy::make_decode_grid(1, kv_heads, 1, tokens, 0);
+  REQUIRE(grid.splits > 1);
+  const std::int64_t used = pk::detail::split_bytes<ValueDim>(grid).value();
+  device_array<std::uint8_t> workspace(static_cast<std::size_t>(used) + 256);
+  const pk::exec good{nullptr, workspace.data(), static_cast<std::size_t>(used), nullptr};
+  require(pk::initialize_workspace(good));
+  pk::exec null = good, odd = good, small = good;
+  null.workspace = nullptr;
+  odd.workspace = workspace.data() + 128;
+  small.workspace_bytes -= 1;
+  struct refusal {
+    pk::exec e;
+    pk::status_code code;
+  };
+  for (const refusal& r : {refusal{null, pk::status_code::invalid_argument}, {odd, pk::status_code::misaligned},
+                           {small, pk::status_code::workspace_too_small}}) {
+    const pk::status value = calls.value_gemv(sequence(w.device()), out.device(), r.e);
+    const pk::status attention = calls.attention(sequence(q.device()), 1.0f, out.device(), {}, r.e);
+    CHECK(value.code == r.code);
+    CHECK(attention.code == r.code);
+    if (r.code == pk::status_code::workspace_too_small) CHECK((value.detail == used && attention.detail == used));
+  }
+  CHECK((out.device_bytes.host() == out.host_bytes));
+  CHECK(calls.key_gemv(sequence(q.device()), 1.0f, scores.device(), null));
+  CHECK(calls.value_gemv(sequence(w.device()), out.device(), good));
+  CHECK(calls.attention(sequence(q.device()), 1.0f, out.device(), {}, good));
+}
+
+/// Calls over no tokens of two KV heads: no scores, sums of 0, and no query that attention could answer.
+template <int KeyDim, int ValueDim>
+void check_no_tokens(const sequence_calls& calls) {
+  random_source random(15);
+  const tensor_data q(random, pk::dtype::float16, 1, 4, 1, KeyDim), w(random, pk::dtype::float16, 1, 4, 1, 0);
+  tensor_output scores(pk::dtype::float32, 4, 1, 0), sums(pk::dtype::float32, 4, 1, ValueDim),
+      out(pk::dtype::float32, 4, 1, ValueDim);
+  REQUIRE(calls.key_gemv(sequence(q.device()), 1.0f, scores.device(), pk::exec{}));
+  CHECK((scores.device_bytes.host() == scores.host_bytes));
+  REQUIRE(calls.value_gemv(sequence(w.device()), sums.device(), pk::exec{}));
+  sums.fetch();
+  bool zero = true;
+  for (int h = 0; h < 4; ++h)
+    for (int i = 0; i < ValueDim; ++i) zero = zero && sums.at(h, 0, i) == 0.0;
+  CHECK(zero);
+  CHECK(calls.attention(sequence(q.device()), 1.0f, out.device(), {}, pk::exec{}).code ==
+        pk::status_code::shape_mismatch);
+  auto no_queries = sequence(q.device());
+  auto no_outputs = out.device();
+  no_queries.extent[1] = no_outputs.extent[1] = 0;
+  CHECK(calls.attention(no_queries, 1.0f, no_outputs, {}, pk::exec{}));
+  CHECK((out.device_bytes.host() == out.host_bytes));
 }
 
 }  // namespace packkv_test
