@@ -112,7 +112,7 @@ inline status check_view(const tensor_view<Pointer, Rank>& view) {
     return refuse(status_code::misaligned, "a tensor pointer is not a multiple of its element size");
   checked reach = 0;
   for (int i = 0; i < Rank; ++i) {
-    if (view.stride[i] == unreachable_stride || view.stride[i] == std::numeric_limits<std::int64_t>::min())
+    if (view.stride[i] == unreachable_stride || view.stride[i] == (std::numeric_limits<std::int64_t>::min)())
       return refuse(status_code::overflow, "a tensor reaches beyond 63 bits of address");
     if (view.stride[i] % unit != 0)
       return refuse(status_code::misaligned, "a tensor stride is not a multiple of its element size", i);
