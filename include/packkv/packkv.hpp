@@ -4,6 +4,7 @@
 
 #include <packkv/cache/blob.hpp>
 #include <packkv/calibrate/columns.hpp>
+#include <packkv/codec/adaptive_quantize.hpp>
 #include <packkv/codec/checks.hpp>
 #include <packkv/codec/codec.hpp>
 #include <packkv/codec/grouped.hpp>

@@ -119,14 +119,21 @@ struct naive_group {
   float scale = 0.0f, minimum = 0.0f;
 };
 
-/// Scale and minimum of a list of finite numbers.
+/// Bounds of finite numbers in fp16: minimum and what is above it.
+inline naive_group naive_bounds(float lowest, float highest) {
+  naive_group g;
+  g.minimum = naive_half_below(lowest);
+  g.scale = naive_half_above(highest) - g.minimum;
+  return g;
+}
+
+/// Scale (min_max: the step) and minimum of a list of finite numbers.
 inline naive_group naive_scale(pk::step_rule rule, int width, const std::vector<float>& x) {
   naive_group g;
   const double top = std::pow(2.0, width) - 1.0;
   if (rule == pk::step_rule::min_max) {
-    g.minimum = naive_half_below(*std::min_element(x.begin(), x.end()));
-    const float range = *std::max_element(x.begin(), x.end()) - g.minimum;
-    g.scale = naive_half_above(range / static_cast<float>(top));
+    g = naive_bounds(*std::min_element(x.begin(), x.end()), *std::max_element(x.begin(), x.end()));
+    g.scale /= static_cast<float>(top);
     return g;
   }
   double sum = 0.0, squares = 0.0;
@@ -213,7 +220,7 @@ inline naive_result naive_quantise(const pk::grouped_spec& spec, const tensor16&
   return r;
 }
 
-/// The same for strip-adaptive codes, group by group: minimum rounded down, step rounded up to fp16.
+/// The same for strip-adaptive codes, group by group.
 inline naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16& x, int coded_tokens) {
   pk::grouped_spec wide = spec.groups;
   const int d = x.dim;
@@ -251,9 +258,8 @@ inline naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16
             high[g] = std::max(high[g], y[i]);
             continue;
           }
-          naive_group n;
-          n.minimum = naive_half_below(low[g]);
-          n.scale = naive_half_above((high[g] - n.minimum) * spec.relative_step);
+          naive_group n = naive_bounds(low[g], high[g]);
+          n.scale *= spec.relative_step;
           std::tie(r.codes[i], r.y[i]) = naive_code(pk::step_rule::min_max, 8, n, y[i]);
         }
   return r;
@@ -303,14 +309,16 @@ inline std::vector<float> documented_token(const pk::grouped_spec& spec, const s
   std::vector<std::uint8_t> words(bytes + tile, bytes + tile + 8 * w * D);
   words.resize(words.size() + 128);  // clean::decode reads the row scales of a plan tile, too
   const std::vector<std::uint16_t> codes = clean::decode(words.data(), f, t).codes;
-  const long long scales = U > 0 ? block + heads * (B / 64) * tile_size : tile + 8 * w * D;
+  const long long numbers = U > 0 ? block + heads * (B / 64) * tile_size : tile + 8 * w * D;
   for (int c = 0; c < D; ++c) {
     const long long index = by_token ? r : !by_channel ? c / g * 64 + r : g == 128 ? h * D + c : t / g * D + c;
-    const float s = fp16_at(bytes, scales + 2 * index);
+    float s = fp16_at(bytes, numbers + 2 * index);
     const float code = static_cast<float>(codes[static_cast<std::size_t>(c)]);
     if (minima) {
+      const float m = fp16_at(bytes, numbers + 2 * (S + U + index));
+      if (spec.step == pk::step_rule::min_max) s = (s - m) / static_cast<float>((1 << w) - 1);
       const volatile float product = s * code;
-      x.push_back(product + fp16_at(bytes, scales + 2 * (S + U + index)));
+      x.push_back(product + m);
     } else {
       x.push_back(s * clean::default_step(w) * (code - static_cast<float>((1 << w) - 1) * 0.5f));
     }

@@ -145,17 +145,17 @@ TEST_CASE("a min-max code lies within half a step of the element and is never cl
       const float magnitude = std::ldexp(1.0f, random.between(-26, 14)), offset = magnitude * 3.0f * random.normal();
       std::vector<float> x;
       for (int i = 0; i < 32; ++i)
-        x.push_back(clean::from_fp16(pk::float_to_half(offset * 0.1f + magnitude * 0.2f * random.normal())));
+        x.push_back(offset * 0.1f + magnitude * 0.2f * random.normal());  // seldom a number of fp16
       const float low = *std::min_element(x.begin(), x.end()), high = *std::max_element(x.begin(), x.end());
-      const pk::detail::group_scale g = pk::detail::min_max_scale(low, high, width);
+      const pk::detail::group_numbers n = pk::detail::min_max_numbers(low, high);
       INFO("seed " << seed << " width " << width << " low " << low << " high " << high);
-      REQUIRE(g.valid());
-      const pk::detail::group_values v = pk::detail::values_of(spec, g);
+      REQUIRE(n.valid());
+      const pk::detail::group_values v = pk::detail::values_of(spec, n);
       double worst = 0.0;
       for (const float value : x) {
         const float u = (value - v.minimum) / v.step;
         if (v.step > 0.0f) REQUIRE((u >= 0.0f && u <= static_cast<float>(pk::top_code(width)) + 0.01f));
-        const float back = pk::detail::decode_in(spec, v, pk::detail::encode_in(spec, g, value));
+        const float back = pk::detail::decode_in(spec, v, pk::detail::encode_in(spec, v, value));
         worst = std::fmax(worst, std::fabs(static_cast<double>(back) - value));
       }
       REQUIRE(worst <= 0.5 * v.step + 1e-6 * std::fmax(std::fabs(low), std::fabs(high)));
@@ -230,13 +230,86 @@ TEST_CASE("non-finite input makes its own groups NaN and nothing else", "[groupe
       }
 }
 
-TEST_CASE("a scale beyond fp16 is reported and decodes as NaN", "[grouped]") {
+TEST_CASE("numbers beyond fp16 are reported and decode as NaN, the whole range of fp16 does not", "[grouped]") {
   tensor16 x(1, 64, 64);
   for (int c = 0; c < 64; ++c) x.bits[x.at(0, 9, c)] = pk::float_to_half(c % 2 == 0 ? 65504.0f : -65504.0f);
-  const coded e(per_vector(pk::side::value, 64, 1), x);  // the step would be 131008
-  CHECK(e.report.flags == pk::report_scale_overflow);
-  const std::vector<float> back = e.decode();
-  for (int t = 0; t < 64; ++t) CHECK(std::isnan(back[x.at(0, t, 5)]) == (t == 9));
+  for (const int width : all_widths) {  // the step is 131008 at one bit
+    const coded e(per_vector(pk::side::value, 64, width), x);
+    CHECK(e.report.flags == 0);
+    const std::vector<float> back = e.decode();
+    for (int c = 0; c < 64; ++c) CHECK(std::fabs(back[x.at(0, 9, c)] - x.value(0, 9, c)) < 0.02f);
+  }
+  using pk::step_rule;
+  for (const auto rule : {step_rule::min_max, step_rule::gaussian}) {
+    const coded e(
+        pk::make_grouped(pk::side::value, 64, pk::group_axis::vector, 64, 1, rule, pk::transform_kind::hadamard), x);
+    INFO(describe(e.spec));  // the transform makes one element 8 x 65504; the RMS is 65504
+    CHECK(e.report.flags == (rule == step_rule::min_max ? pk::report_scale_overflow : 0u));
+    const std::vector<float> back = e.decode();
+    for (int t = 0; t < 64; ++t) CHECK(std::isnan(back[x.at(0, t, 5)]) == (t == 9 && rule == step_rule::min_max));
+  }
+}
+
+TEST_CASE("the bounds of a group are the nearest fp16 numbers outside it", "[grouped]") {
+  const std::vector<float>& numbers = half_numbers();
+  const auto check = [](float x) {
+    const std::uint16_t below = pk::detail::half_not_above(x), above = pk::detail::half_not_below(x);
+    INFO(x);
+    REQUIRE(clean::from_fp16(below) == naive_half_below(x));
+    REQUIRE(clean::from_fp16(above) == naive_half_above(x));
+    REQUIRE(below != 0x8000u);
+    REQUIRE(above != 0x8000u);
+  };
+  check(-0.0f);
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    check(numbers[i]);
+    if (i + 1 == numbers.size()) break;
+    check(std::nextafter(numbers[i], INFINITY));
+    check(std::nextafter(numbers[i + 1], -INFINITY));
+    check((numbers[i] + numbers[i + 1]) / 2);
+  }
+  const float beyond = std::nextafter(65504.0f, INFINITY);
+  CHECK(pk::detail::half_not_below(beyond) == 0x7c00u);
+  CHECK(pk::detail::half_not_above(beyond) == 0x7bffu);
+  CHECK(pk::detail::half_not_below(-beyond) == 0xfbffu);
+  CHECK(pk::detail::half_not_above(-beyond) == 0xfc00u);
+  CHECK_FALSE(pk::detail::min_max_numbers(0.0f, beyond).valid());
+  CHECK_FALSE(pk::detail::min_max_numbers(-beyond, 0.0f).valid());
+  CHECK_FALSE(pk::detail::min_max_numbers(1e30f, 2e30f).valid());
+}
+
+TEST_CASE("min-max codes of fp16 numbers are those of the published arithmetic in float", "[grouped]") {
+  for (int round = 0; round < 20; ++round) {
+    const std::uint64_t seed = seed_of(6900 + static_cast<std::uint64_t>(round));
+    random_source random(seed);
+    const int width = random.pick(all_widths);
+    const tensor16 x = random_tensor(random, 1, 64, 128);
+    const coded keys(pk::kivi_keys(128, width), x), values(pk::kivi_values(128, width), x);
+    int wrong = 0;
+    const auto check = [&](const coded& e, const std::vector<float>& back, int t0, int tokens, int c0, int channels) {
+      float low = INFINITY, high = -INFINITY;
+      for (int t = t0; t < t0 + tokens; ++t)
+        for (int c = c0; c < c0 + channels; ++c) {
+          low = std::min(low, x.value(0, t, c));
+          high = std::max(high, x.value(0, t, c));
+        }
+      const float scale = (high - low) / static_cast<float>((1 << width) - 1);
+      for (int t = t0; t < t0 + tokens; ++t)
+        for (int c = c0; c < c0 + channels; ++c) {
+          const float code = scale > 0.0f ? std::nearbyint((x.value(0, t, c) - low) / scale) : 0.0f;
+          const volatile float product = code * scale;
+          wrong += stored_codes(e, 0, t)[static_cast<std::size_t>(c)] != code;
+          wrong += back[x.at(0, t, c)] != product + low;
+        }
+    };
+    const std::vector<float> k = keys.decode(), v = values.decode();
+    for (int t = 0; t < 64; t += 32)
+      for (int c = 0; c < 128; ++c) check(keys, k, t, 32, c, 1);
+    for (int t = 0; t < 64; ++t)
+      for (int c = 0; c < 128; c += 32) check(values, v, t, 1, c, 32);
+    INFO("seed " << seed << " width " << width);
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("every byte of a grouped side is counted", "[grouped]") {
@@ -291,7 +364,7 @@ TEST_CASE("no two groups of a block share a byte, and none lies on codes", "[gro
     ref::detail::for_each_group(spec, heads, [&](const ref::detail::group_box& box) {
       const pk::group_place p = pk::locate_group(spec, heads, box.head, box.token, box.channel);
       for (int b = 0; b < 2; ++b) {
-        ++owners[static_cast<std::size_t>(p.scale + b)];
+        ++owners[static_cast<std::size_t>(p.first + b)];
         if (spec.has_minima()) ++owners[static_cast<std::size_t>(p.minimum + b)];
       }
     });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The `grouped` formats: codes of one fixed width with a 16-bit scale (and minimum) per group of elements.
+// The `grouped` formats: codes of one fixed width with one or two 16-bit numbers per group of elements.
 // One idea: a format is where its groups lie (axis, size) and how a group's step is found; codes keep the plan's bit
 // map.
 //   grouped_spec k = kivi_keys(128, 2), v = kivi_values(128, 2);   if (status s = check_grouped(k); !s) return s;
@@ -12,18 +12,20 @@
 
 namespace packkv {
 
-/// Which elements share a scale.
+/// Which elements share a step.
 enum class group_axis : std::uint8_t {
   channel,  ///< `group` consecutive tokens (32, 64 or 128) of one channel of one head
   vector,   ///< `group` consecutive channels of one token of one head; group = head_dim: the whole vector
-  token,    ///< all channels of all KV heads of one token; the scale is stored once per token
+  token,    ///< all channels of all KV heads of one token; the numbers are stored once per token
 };
 
 /// How the step of a group is found.
 enum class step_rule : std::uint8_t {
-  min_max,        ///< step (max - min) / (2^width - 1) and the minimum: KIVI, Liu et al., 2024, section 3
+  min_max,        ///< step (max - min) / (2^width - 1), stored as maximum and minimum: KIVI, Liu et al., 2024,
+                  ///< section 3
   gaussian,       ///< step gaussian_step(width) x root mean square, centred on 0: a scale alone
-  gaussian_mean,  ///< step gaussian_step(width) x standard deviation, centred on the group's mean; stored as min_max is
+  gaussian_mean,  ///< step gaussian_step(width) x standard deviation, centred on the group's mean: step and the number
+                  ///< of code 0
 };
 
 /// Everything that decides the bytes of a grouped format, of one side.
@@ -43,25 +45,25 @@ struct grouped_spec {
     return axis == group_axis::channel && group > tile_tokens ? group : tile_tokens;
   }
   PACKKV_HOST_DEVICE constexpr int tiles_per_block() const { return block_tokens() / tile_tokens; }
-  /// Scales that lie behind the tiles of a block, since they belong to more than one tile.
-  PACKKV_HOST_DEVICE constexpr bool shared_scales() const {
+  /// Groups reach over more than one tile; their numbers lie behind the tiles of a block.
+  PACKKV_HOST_DEVICE constexpr bool shared_numbers() const {
     return axis == group_axis::token || block_tokens() > tile_tokens;
   }
-  /// A group stores a minimum beside its scale.
+  /// A group stores two numbers: maximum (min_max) or scale, then minimum. Else a scale alone.
   PACKKV_HOST_DEVICE constexpr bool has_minima() const { return step != step_rule::gaussian; }
   PACKKV_HOST_DEVICE constexpr int code_bytes() const { return strips.words * 4; }
-  /// Groups of one tile whose scales lie in the tile.
+  /// Groups of one tile whose numbers lie in the tile.
   PACKKV_HOST_DEVICE constexpr int tile_groups() const {
-    if (shared_scales()) return 0;
+    if (shared_numbers()) return 0;
     return axis == group_axis::channel ? tile_tokens / group * head_dim : tile_tokens * (head_dim / group);
   }
-  /// Bytes of a tile: codes, scales, minima. A multiple of 16.
+  /// Bytes of a tile: codes, first numbers, minima. A multiple of 16.
   PACKKV_HOST_DEVICE constexpr int tile_bytes() const {
     return code_bytes() + 2 * tile_groups() * (has_minima() ? 2 : 1);
   }
-  /// Groups of one block whose scales lie behind its tiles.
+  /// Groups of one block whose numbers lie behind its tiles.
   PACKKV_HOST_DEVICE constexpr std::int64_t shared_groups(std::int64_t heads) const {
-    return !shared_scales() ? 0 : axis == group_axis::token ? tile_tokens : heads * head_dim;
+    return !shared_numbers() ? 0 : axis == group_axis::token ? tile_tokens : heads * head_dim;
   }
   PACKKV_HOST_DEVICE constexpr std::int64_t shared_bytes(std::int64_t heads) const {
     return 2 * shared_groups(heads) * (has_minima() ? 2 : 1);
@@ -172,12 +174,12 @@ inline status make_grouped_layout(const grouped_spec& spec, std::int64_t heads, 
   return {};
 }
 
-/// Every byte of a coded side by what it holds.
+/// Every byte of a coded side by what it holds; the first number of a group is its maximum (min_max) or its scale.
 struct grouped_bytes {
-  std::int64_t codes = 0, scales = 0, minima = 0, means = 0, tail = 0;
+  std::int64_t codes = 0, first_numbers = 0, minima = 0, means = 0, tail = 0;
 
-  constexpr std::int64_t total() const { return codes + scales + minima + means + tail; }
-  constexpr std::int64_t coded() const { return codes + scales + minima; }
+  constexpr std::int64_t total() const { return codes + first_numbers + minima + means + tail; }
+  constexpr std::int64_t coded() const { return codes + first_numbers + minima; }
 };
 
 /// Counts the bytes of a layout of this spec. `total()` equals `layout.total_bytes`.
@@ -186,7 +188,7 @@ inline grouped_bytes count_grouped(const grouped_spec& spec, const grouped_layou
   const std::int64_t groups = tiles * spec.tile_groups() + layout.blocks * spec.shared_groups(layout.heads);
   grouped_bytes b;
   b.codes = tiles * spec.code_bytes();
-  b.scales = 2 * groups;
+  b.first_numbers = 2 * groups;
   b.minima = spec.has_minima() ? 2 * groups : 0;
   b.means = layout.blocks_offset;
   b.tail = layout.total_bytes - layout.tail_offset;
@@ -198,16 +200,16 @@ PACKKV_HOST_DEVICE constexpr std::int64_t grouped_tile_offset(const grouped_spec
   return (head * spec.tiles_per_block() + tile) * spec.tile_bytes();
 }
 
-/// Byte offsets within a block of the fp16 scale and minimum of the group that holds an element.
+/// Byte offsets within a block of the fp16 numbers of the group that holds an element.
 struct group_place {
-  std::int64_t scale;
+  std::int64_t first;    ///< maximum (min_max) or scale
   std::int64_t minimum;  ///< only where has_minima()
 };
 /// `token` counts from the start of the block.
 PACKKV_HOST_DEVICE constexpr group_place locate_group(const grouped_spec& spec, std::int64_t heads, std::int64_t head,
                                                       int token, int channel) {
   std::int64_t start = 0, index = 0, count = 0;
-  if (spec.shared_scales()) {
+  if (spec.shared_numbers()) {
     start = heads * spec.tiles_per_block() * spec.tile_bytes();
     count = spec.shared_groups(heads);
     index = spec.axis == group_axis::token ? row_slot(token) : head * spec.head_dim + channel;

@@ -12,7 +12,7 @@ namespace packkv {
 
 /// Everything that decides the bytes of a strip-adaptive format, of one side.
 struct adaptive_spec {
-  /// Axis, group, transform, centring as in grouped formats; min_max with a minimum per group. Widths are the tile's
+  /// Axis, group, transform, centring as in grouped formats; min_max. Widths are the tile's
   /// own. Groups: channel 64 tokens, vector all channels of a head, token all heads.
   grouped_spec groups = {};
   float relative_step = 0.0f;  ///< step / (max - min) of a group; 1/255 to 1
@@ -22,8 +22,8 @@ struct adaptive_spec {
   }
   /// Bytes of a tile's header: the strips' widths, then their least codes, padded to 16.
   PACKKV_HOST_DEVICE constexpr int header_bytes() const { return (2 * strip_count() + 15) / 16 * 16; }
-  /// Bytes of a tile's scales and minima.
-  PACKKV_HOST_DEVICE constexpr int scale_bytes() const { return 4 * groups.tile_groups(); }
+  /// Bytes of a tile's maxima and minima.
+  PACKKV_HOST_DEVICE constexpr int number_bytes() const { return 4 * groups.tile_groups(); }
 };
 
 PACKKV_HOST_DEVICE constexpr adaptive_spec make_adaptive(side which, int head_dim, group_axis axis, float relative_step,
@@ -50,14 +50,14 @@ PACKKV_HOST_DEVICE constexpr int stored_width(int largest) {
   return largest == 0 ? 0 : largest < 2 ? 1 : largest < 4 ? 2 : largest < 8 ? 3 : largest < 16 ? 4 : 8;
 }
 
-/// Where the parts of one coded side lie: means, 16-bit tail, scales shared by heads, tiles. In bytes from a start that
-/// is a multiple of 16; every part but the tiles has a size known beforehand.
+/// Where the parts of one coded side lie: means, 16-bit tail, numbers shared by heads, tiles. In bytes from a start
+/// that is a multiple of 16; every part but the tiles has a size known beforehand.
 struct adaptive_layout {
   std::int64_t heads = 0, tokens = 0, coded_tokens = 0;
   std::int64_t blocks = 0;         ///< of 64 tokens; tile of head h of block b: b * heads + h
   std::int64_t tiles = 0;          ///< blocks * heads
   std::int64_t tail_offset = 0;    ///< [heads, tokens - coded_tokens, head_dim]
-  std::int64_t shared_offset = 0;  ///< per block 64 scales and 64 minima; nothing unless axis is token
+  std::int64_t shared_offset = 0;  ///< per block 64 maxima and 64 minima; nothing unless axis is token
   std::int64_t tiles_offset = 0;
   std::int64_t max_bytes = 0;  ///< upper bound of all bytes but the offsets
 };

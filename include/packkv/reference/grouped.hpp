@@ -55,8 +55,8 @@ double box_sum(const grouped_spec& spec, const float* y, const group_box& box, c
   return partial[0];
 }
 
-/// Scale and minimum of a box of finite or non-finite elements.
-inline packkv::detail::group_scale scale_of(const grouped_spec& spec, const float* y, const group_box& box) {
+/// What a box of finite or non-finite elements stores.
+inline packkv::detail::group_numbers numbers_of(const grouped_spec& spec, const float* y, const group_box& box) {
   using namespace packkv::detail;
   float lowest = infinity(), highest = -infinity();
   bool finite = true;
@@ -68,13 +68,12 @@ inline packkv::detail::group_scale scale_of(const grouped_spec& spec, const floa
   });
   if (!finite) return {};
   const int count = static_cast<int>(box.heads) * box.tokens * box.channels;
-  if (spec.step == step_rule::min_max) return min_max_scale(lowest, highest, spec.width);
-  if (spec.step == step_rule::gaussian) return rms_group_scale(box_sum(spec, y, box, add_square), count);
+  if (spec.step == step_rule::min_max) return min_max_numbers(lowest, highest);
+  if (spec.step == step_rule::gaussian) return rms_numbers(box_sum(spec, y, box, add_square), count);
   const double sum = box_sum(spec, y, box, [](double a, float x) { return a + static_cast<double>(x); });
   const float mean = static_cast<float>(div_rn(sum, static_cast<double>(count)));
-  return mean_group_scale(mean,
-                          box_sum(spec, y, box, [&](double a, float x) { return add_square(a, sub_rn(x, mean)); }),
-                          count, spec.width);
+  return mean_numbers(mean, box_sum(spec, y, box, [&](double a, float x) { return add_square(a, sub_rn(x, mean)); }),
+                      count, spec.width);
 }
 
 /// Codes one block. y is [heads, block_tokens, head_dim] after centring and transform; `block` is zeroed memory.
@@ -82,16 +81,17 @@ inline void encode_block(const grouped_spec& spec, std::int64_t heads, const flo
                          device_report& report, bool finite_input) {
   using namespace packkv::detail;
   for_each_group(spec, heads, [&](const group_box& box) {
-    const group_scale g = scale_of(spec, y, box);
-    if (!g.valid() && finite_input) report.flags |= report_scale_overflow;
+    const group_numbers n = numbers_of(spec, y, box);
+    const group_values v = values_of(spec, n);
+    if (!n.valid() && finite_input) report.flags |= report_scale_overflow;
     const group_place at = locate_group(spec, heads, box.head, box.token, box.channel);
-    store_bits(block, at.scale, g.scale);
-    if (spec.has_minima()) store_bits(block, at.minimum, g.minimum);
+    store_bits(block, at.first, n.first);
+    if (spec.has_minima()) store_bits(block, at.minimum, n.minimum);
     for (std::int64_t h = box.head; h < box.head + box.heads; ++h)
       for (int t = box.token; t < box.token + box.tokens; ++t) {
         std::uint32_t* words = reinterpret_cast<std::uint32_t*>(block + grouped_tile_offset(spec, h, t / tile_tokens));
         for (int c = box.channel; c < box.channel + box.channels; ++c) {
-          const std::uint32_t code = encode_in(spec, g, y[(h * spec.block_tokens() + t) * spec.head_dim + c]);
+          const std::uint32_t code = encode_in(spec, v, y[(h * spec.block_tokens() + t) * spec.head_dim + c]);
           const code_writes writes = split_code(locate(spec.strips, t % tile_tokens, c), code);
           for (int i = 0; i < writes.count; ++i) words[writes.write[i].word] |= writes.write[i].bits;
         }
@@ -99,12 +99,12 @@ inline void encode_block(const grouped_spec& spec, std::int64_t heads, const flo
   });
 }
 
-/// Scale and minimum of the group of an element, as numbers.
+/// Step and minimum of the group of an element.
 inline packkv::detail::group_values group_at(const grouped_spec& spec, std::int64_t heads, const std::uint8_t* block,
                                              std::int64_t head, int token, int channel) {
   const group_place at = locate_group(spec, heads, head, token, channel);
   return packkv::detail::values_of(
-      spec, {load_bits(block, at.scale), spec.has_minima() ? load_bits(block, at.minimum) : std::uint16_t{0}});
+      spec, {load_bits(block, at.first), spec.has_minima() ? load_bits(block, at.minimum) : std::uint16_t{0}});
 }
 
 /// Reconstructs one token of a block into y[head_dim], before the inverse transform.
@@ -146,7 +146,7 @@ inline std::uint16_t channel_mean_bits(const input_view<3>& x, std::int64_t head
 
 /// Codes one side of a sequence. x [heads, tokens, head_dim], float16 or bfloat16. The newest `recent` tokens, and
 /// those that fill no block, are kept as they are. `bytes`: 16-byte aligned, `size` = grouped_layout::total_bytes. A
-/// group with a non-finite element, or whose scale leaves fp16's range, becomes NaN and is reported.
+/// group with a non-finite element, or whose numbers leave fp16's range, becomes NaN and is reported.
 inline status encode_grouped(const grouped_spec& spec, const input_view<3>& x, std::int64_t recent, std::uint8_t* bytes,
                              std::int64_t size, device_report& report) {
   using namespace packkv::detail;
@@ -192,7 +192,7 @@ inline status encode_grouped(const grouped_spec& spec, const input_view<3>& x, s
 }
 
 /// Reconstructs one side into x [heads, tokens, head_dim] of any element type. heads, tokens and recent must be those
-/// of the encode call, `tail_type` the type of its tensor. Blocks whose scales are NaN give NaN.
+/// of the encode call, `tail_type` the type of its tensor. Groups whose numbers are NaN give NaN.
 inline status decode_grouped(const grouped_spec& spec, const std::uint8_t* bytes, std::int64_t size,
                              std::int64_t recent, const output_view<3>& x, dtype tail_type = dtype::float16) {
   using namespace packkv::detail;

@@ -6,38 +6,11 @@
 
 #include <cstdint>
 #include <cstring>
-#include <packkv/codec/strip_adaptive.hpp>
+#include <packkv/codec/adaptive_quantize.hpp>
 #include <packkv/reference/grouped.hpp>
 #include <vector>
 
 namespace packkv::reference {
-
-namespace detail {
-
-/// Scale and minimum of a group from its extremes: step = (max - min) * relative_step, rounded up.
-inline packkv::detail::group_scale relative_scale(float lowest, float highest, float relative_step) {
-  using namespace packkv::detail;
-  const std::uint16_t minimum = half_not_above(lowest == 0.0f ? 0.0f : lowest);
-  if (!is_finite_half(minimum)) return {};
-  const float range = sub_rn(highest, half_to_float(minimum));
-  const std::uint16_t scale = half_not_below(mul_rn(range, relative_step));
-  return is_finite_half(scale) ? group_scale{scale, minimum} : group_scale{};
-}
-
-/// The strips of a tile with the given header.
-inline strip_layout strips_of(const adaptive_spec& spec, const std::uint8_t* header) {
-  strip_widths widths;
-  widths.count = spec.strip_count();
-  for (int i = 0; i < widths.count; ++i) widths.width[i] = header[i];
-  return make_strips(spec.groups.which, spec.groups.head_dim, widths);
-}
-
-/// Index of the scale of an element among those of its tile, or among those shared by the heads of its block.
-inline std::int64_t scale_index(const adaptive_spec& spec, int token, int channel) {
-  return spec.groups.axis == group_axis::channel ? channel : row_slot(token);
-}
-
-}  // namespace detail
 
 /// Codes one side of a sequence. x [heads, tokens, head_dim], float16 or bfloat16. `bytes`: 16-byte aligned, `capacity`
 /// >= adaptive_layout::max_bytes. `offsets` [tiles + 1]: tile i lies at bytes offsets[i] .. offsets[i + 1]; the last is
@@ -75,7 +48,7 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
   const std::size_t tile_elements = static_cast<std::size_t>(tile_tokens * dim);
   std::vector<float> y(static_cast<std::size_t>(l.heads) * tile_elements);
   std::vector<std::uint8_t> codes(y.size());
-  std::vector<group_scale> scales(y.size());  // of the first element of each group
+  std::vector<group_numbers> numbers(y.size());  // of the first element of each group
   float row[max_head_dim];
   std::int64_t next = l.tiles_offset;
   for (std::int64_t b = 0; b < l.blocks; ++b) {
@@ -103,19 +76,20 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
         highest = max_of(highest, e);
         return 0.0;
       });
-      const group_scale g = valid ? detail::relative_scale(lowest, highest, spec.relative_step) : group_scale{};
-      if (!g.valid() && finite) report.flags |= report_scale_overflow;
-      scales[at(box.head, box.token, box.channel)] = g;
+      const group_numbers n = valid ? min_max_numbers(lowest, highest) : group_numbers{};
+      const group_values v = values_of(spec, n);
+      if (!n.valid() && finite) report.flags |= report_scale_overflow;
+      numbers[at(box.head, box.token, box.channel)] = n;
       for (std::int64_t h = box.head; h < box.head + box.heads; ++h)
         for (int t = box.token; t < box.token + box.tokens; ++t)
           for (int c = box.channel; c < box.channel + box.channels; ++c)
-            codes[at(h, t, c)] = static_cast<std::uint8_t>(encode_in(groups, g, y[at(h, t, c)]));
+            codes[at(h, t, c)] = static_cast<std::uint8_t>(encode_in(spec, v, y[at(h, t, c)]));
       const bool shared = groups.axis == group_axis::token;
       if (!shared) return;
       std::uint8_t* to = bytes + l.shared_offset + b * groups.shared_bytes(l.heads);
-      const std::int64_t index = detail::scale_index(spec, box.token, box.channel);
-      detail::store_bits(to, 2 * index, g.scale);
-      detail::store_bits(to, 2 * (tile_tokens + index), g.minimum);
+      const int index = group_index(spec, box.token, box.channel);
+      detail::store_bits(to, 2 * index, n.first);
+      detail::store_bits(to, 2 * (tile_tokens + index), n.minimum);
     });
 
     for (std::int64_t h = 0; h < l.heads; ++h) {
@@ -132,7 +106,7 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
         tile[i] = static_cast<std::uint8_t>(stored_width(high - low));
         tile[strips + i] = static_cast<std::uint8_t>(low);
       }
-      const strip_layout layout = detail::strips_of(spec, tile);
+      const strip_layout layout = strips_of(spec, tile);
       std::uint32_t* const words = reinterpret_cast<std::uint32_t*>(tile + spec.header_bytes());
       std::memset(words, 0, static_cast<std::size_t>(layout.words) * 4);
       for (int t = 0; t < tile_tokens; ++t)
@@ -142,15 +116,15 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
           for (int i = 0; i < writes.count; ++i) words[writes.write[i].word] |= writes.write[i].bits;
         }
       std::uint8_t* const own = tile + spec.header_bytes() + layout.words * 4;
-      if (spec.scale_bytes() > 0)
+      if (spec.number_bytes() > 0)
         detail::for_each_group(groups, 1, [&](const detail::group_box& box) {
-          const group_scale g = scales[at(h, box.token, box.channel)];
-          const std::int64_t index = detail::scale_index(spec, box.token, box.channel);
-          detail::store_bits(own, 2 * index, g.scale);
-          detail::store_bits(own, 2 * (groups.tile_groups() + index), g.minimum);
+          const group_numbers n = numbers[at(h, box.token, box.channel)];
+          const int index = group_index(spec, box.token, box.channel);
+          detail::store_bits(own, 2 * index, n.first);
+          detail::store_bits(own, 2 * (groups.tile_groups() + index), n.minimum);
         });
       offsets[b * l.heads + h] = next;
-      next += spec.header_bytes() + layout.words * 4 + spec.scale_bytes();
+      next += spec.header_bytes() + layout.words * 4 + spec.number_bytes();
     }
   }
   offsets[l.tiles] = next;
@@ -180,12 +154,11 @@ inline status decode_adaptive(const adaptive_spec& spec, const std::uint8_t* byt
   for (std::int64_t i = 0; i < l.tiles; ++i) {
     const bool inside = offsets[i] >= l.tiles_offset && offsets[i] <= size && offsets[i] % 16 == 0;
     const std::int64_t left = inside ? size - offsets[i] : -1;
-    if (left < spec.header_bytes() + spec.scale_bytes())
+    if (left < spec.header_bytes() + spec.number_bytes())
       return refuse(status_code::corrupt, "a tile's offset lies outside the buffer", i);
     for (int s = 0; s < spec.strip_count(); ++s)
       if (!is_plan_width(bytes[offsets[i] + s])) return refuse(status_code::corrupt, "a tile's header has no width", i);
-    const std::int64_t used =
-        spec.header_bytes() + detail::strips_of(spec, bytes + offsets[i]).words * 4 + spec.scale_bytes();
+    const std::int64_t used = spec.header_bytes() + strips_of(spec, bytes + offsets[i]).words * 4 + spec.number_bytes();
     if (left < used || offsets[i + 1] != offsets[i] + used)
       return refuse(status_code::corrupt, "a tile's size disagrees with its header", i);
   }
@@ -198,17 +171,17 @@ inline status decode_adaptive(const adaptive_spec& spec, const std::uint8_t* byt
         const std::int64_t b = t / tile_tokens;
         const int slot = static_cast<int>(t % tile_tokens);
         const std::uint8_t* const tile = bytes + offsets[b * l.heads + h];
-        const strip_layout layout = detail::strips_of(spec, tile);
+        const strip_layout layout = strips_of(spec, tile);
         const std::uint32_t* const words = reinterpret_cast<const std::uint32_t*>(tile + spec.header_bytes());
         const bool shared = groups.axis == group_axis::token;
-        const std::uint8_t* const scales = shared ? bytes + l.shared_offset + b * groups.shared_bytes(l.heads)
-                                                  : tile + spec.header_bytes() + layout.words * 4;
+        const std::uint8_t* const numbers = shared ? bytes + l.shared_offset + b * groups.shared_bytes(l.heads)
+                                                   : tile + spec.header_bytes() + layout.words * 4;
         const std::int64_t count = shared ? tile_tokens : groups.tile_groups();
         for (int c = 0; c < dim; ++c) {
-          const std::int64_t index = detail::scale_index(spec, slot, c);
-          const group_values g =
-              values_of(groups, {detail::load_bits(scales, 2 * index), detail::load_bits(scales, 2 * (count + index))});
-          y[c] = decode_in(groups, g, tile[strips + c / layout.channels] + read_code(words, locate(layout, slot, c)));
+          const int index = group_index(spec, slot, c);
+          const group_values v =
+              values_of(spec, {detail::load_bits(numbers, 2 * index), detail::load_bits(numbers, 2 * (count + index))});
+          y[c] = decode_in(spec, v, tile[strips + c / layout.channels] + read_code(words, locate(layout, slot, c)));
         }
         transform_inverse(groups.transform, nullptr, dim, y, row);
         for (int c = 0; c < dim && groups.centred; ++c)
