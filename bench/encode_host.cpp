@@ -147,6 +147,84 @@ void decode_packs(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * packed_cache::bytes);
 }
 
+/// One side of 2048 tokens x 2 KV heads x 128 channels in a format of groups.
+struct grouped_cache {
+  static constexpr std::int64_t bytes = input_bytes / 2;
+  std::vector<std::uint16_t> elements;
+  std::vector<std::uint32_t> memory;
+  std::vector<std::int64_t> offsets;
+  pk::device_report report;
+
+  explicit grouped_cache(std::int64_t size)
+      : elements(kv_heads * tokens * dim),
+        memory(static_cast<std::size_t>(size) / 4 + 4),
+        offsets(kv_heads * tokens / 64 + 1) {
+    packkv_test::random_source random(1);
+    for (auto& x : elements) x = pk::float_to_half(random.normal());
+  }
+  std::uint8_t* data() {
+    void* p = memory.data();
+    std::size_t space = memory.size() * 4;
+    return static_cast<std::uint8_t*>(std::align(16, space - 16, p, space));
+  }
+  pk::input_view<3> in() const { return pk::make_input(elements.data(), pk::dtype::float16, {kv_heads, tokens, dim}); }
+  pk::output_view<3> out() { return pk::make_output(elements.data(), pk::dtype::float16, {kv_heads, tokens, dim}); }
+};
+
+constexpr pk::grouped_spec kivi_keys = pk::kivi_keys(dim, 2);
+constexpr pk::grouped_spec vector_values = pk::make_grouped(pk::side::value, dim, pk::group_axis::vector, dim, 2,
+                                                            pk::step_rule::min_max, pk::transform_kind::hadamard);
+constexpr pk::adaptive_spec strip_keys = pk::make_adaptive(pk::side::key, dim, pk::group_axis::token, 0.1f);
+constexpr pk::adaptive_spec strip_values =
+    pk::make_adaptive(pk::side::value, dim, pk::group_axis::vector, 0.1f, pk::transform_kind::hadamard);
+
+template <const pk::grouped_spec& Spec>
+void encode_grouped(benchmark::State& state) {
+  pk::grouped_layout layout;
+  if (!pk::make_grouped_layout(Spec, kv_heads, tokens, 0, layout)) state.SkipWithError("the spec was refused");
+  grouped_cache cache(layout.total_bytes);
+  for (auto _ : state)
+    if (!pk::reference::encode_grouped(Spec, cache.in(), 0, cache.data(), layout.total_bytes, cache.report))
+      state.SkipWithError("encode_grouped was refused");
+  state.SetBytesProcessed(state.iterations() * grouped_cache::bytes);
+}
+template <const pk::grouped_spec& Spec>
+void decode_grouped(benchmark::State& state) {
+  pk::grouped_layout layout;
+  if (!pk::make_grouped_layout(Spec, kv_heads, tokens, 0, layout)) state.SkipWithError("the spec was refused");
+  grouped_cache cache(layout.total_bytes);
+  if (!pk::reference::encode_grouped(Spec, cache.in(), 0, cache.data(), layout.total_bytes, cache.report))
+    state.SkipWithError("encode_grouped was refused");
+  for (auto _ : state)
+    if (!pk::reference::decode_grouped(Spec, cache.data(), layout.total_bytes, 0, cache.out()))
+      state.SkipWithError("decode_grouped was refused");
+  state.SetBytesProcessed(state.iterations() * grouped_cache::bytes);
+}
+template <const pk::adaptive_spec& Spec>
+void encode_adaptive(benchmark::State& state) {
+  pk::adaptive_layout layout;
+  if (!pk::make_adaptive_layout(Spec, kv_heads, tokens, 0, layout)) state.SkipWithError("the spec was refused");
+  grouped_cache cache(layout.max_bytes);
+  for (auto _ : state)
+    if (!pk::reference::encode_adaptive(Spec, cache.in(), 0, cache.data(), layout.max_bytes, cache.offsets.data(),
+                                        cache.report))
+      state.SkipWithError("encode_adaptive was refused");
+  state.SetBytesProcessed(state.iterations() * grouped_cache::bytes);
+}
+template <const pk::adaptive_spec& Spec>
+void decode_adaptive(benchmark::State& state) {
+  pk::adaptive_layout layout;
+  if (!pk::make_adaptive_layout(Spec, kv_heads, tokens, 0, layout)) state.SkipWithError("the spec was refused");
+  grouped_cache cache(layout.max_bytes);
+  if (!pk::reference::encode_adaptive(Spec, cache.in(), 0, cache.data(), layout.max_bytes, cache.offsets.data(),
+                                      cache.report))
+    state.SkipWithError("encode_adaptive was refused");
+  for (auto _ : state)
+    if (!pk::reference::decode_adaptive(Spec, cache.data(), cache.offsets.back(), cache.offsets.data(), 0, cache.out()))
+      state.SkipWithError("decode_adaptive was refused");
+  state.SetBytesProcessed(state.iterations() * grouped_cache::bytes);
+}
+
 BENCHMARK_TEMPLATE(encode, two_bit)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(encode, mixed)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(encode, fp8)->Unit(benchmark::kMillisecond);
@@ -156,6 +234,14 @@ BENCHMARK_TEMPLATE(encode_packs, pk::token_order::none)->Unit(benchmark::kMillis
 BENCHMARK_TEMPLATE(encode_packs, pk::token_order::median)->Unit(benchmark::kMillisecond);
 BENCHMARK_TEMPLATE(encode_packs, pk::token_order::greedy)->Unit(benchmark::kMillisecond);
 BENCHMARK(decode_packs)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_grouped, kivi_keys)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_grouped, vector_values)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode_grouped, kivi_keys)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode_grouped, vector_values)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_adaptive, strip_keys)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(encode_adaptive, strip_values)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode_adaptive, strip_keys)->Unit(benchmark::kMillisecond);
+BENCHMARK_TEMPLATE(decode_adaptive, strip_values)->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

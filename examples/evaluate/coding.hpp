@@ -32,7 +32,7 @@ struct coded_side {
 struct coding {
   std::string text;  ///< the SPEC as given
   coded_side key, value;         ///< formats of tiles that stand for themselves
-  whole_cache_coder whole_cache;  ///< formats of whole caches; where set, the sides are not used
+  whole_cache_codec whole_cache;  ///< formats of whole caches; where set, the sides are not used
 };
 
 /// Meets a choice with the shapes of `cache`. `calibration` is null if there are no calibration files.

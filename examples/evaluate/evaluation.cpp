@@ -95,14 +95,30 @@ void evaluator::run_cpu(const coding& codec, result& r) const {
   attend(tile_codec(codec), codec.text, r);
 }
 
-outcome evaluator::run_whole(const coding& codec, result& r) const {
+outcome evaluator::run_whole(const coding& codec, result& r) {
   coded_cache coded;
-  if (outcome o = codec.whole_cache(cache_, coded); !o) return failure("codec '" + codec.text + "': " + o.error());
+  if (outcome o = codec.whole_cache.code(cache_, coded); !o) return failure("codec '" + codec.text + "': " + o.error());
   count_bytes(cache_, coded, rules_, r);
   r.codec = codec.text;
   r.figures = coded.figures;
+  if (!gpu_name_.empty()) {
+    const packkv::status s = run_whole_on_gpu(codec, r);
+    if (s) return {};
+    if (gpu_required_ || s.code != packkv::status_code::unsupported)
+      return failure("codec '" + codec.text + "' on the GPU: " + s.message);
+  }
   attend(decoded_tiles(cache_, coded), codec.text, r);
   return {};
+}
+
+packkv::status evaluator::run_whole_on_gpu(const coding& codec, result& r) {
+  return compare_gpu(r, [&](int kind, std::vector<float>& out) {
+    const gpu_sequence_job job{view_of(cache_.k), view_of(cache_.v),    view_of(cache_.q),
+                               rules_.scale,      rules_.window,        rules_.sinks,
+                               rules_.recent,     kind != value_output, kind != key_output};
+    packkv::device_report report;
+    return codec.whole_cache.attend_on_gpu(job, out, report);
+  });
 }
 
 void evaluator::attend(const tile_source& source, const std::string& label, result& r) const {
@@ -120,7 +136,8 @@ void evaluator::attend(const tile_source& source, const std::string& label, resu
   r.error_attention_max = errors[both_output].maximum;
 }
 
-outcome evaluator::run_gpu(const coding& codec, result& r) {
+template <class Attention>
+packkv::status evaluator::compare_gpu(result& r, const Attention& attention) {
   const int dim = cache_.value_dim();
   const std::int64_t n = cache_.queries(), rows = cache_.query_heads() * n;
   if (reference_.empty()) {
@@ -136,12 +153,28 @@ outcome evaluator::run_gpu(const coding& codec, result& r) {
       }
     });
   }
-  const gpu_side key{codec.key.spec, codec.key.parameters()}, value{codec.value.spec, codec.value.parameters()};
-  const gpu_side raw_key{packkv::make_element_codec(packkv::codec_kind::float16, cache_.key_dim()), {}};
-  const gpu_side raw_value{packkv::make_element_codec(packkv::codec_kind::float16, dim), {}};
   error_sum errors[output_kinds];
   std::vector<float> out;
   for (int kind = key_output; kind < output_kinds; ++kind) {
+    if (const packkv::status s = attention(kind, out); !s) return s;
+    if (out.size() != reference_.size())
+      return packkv::refuse(packkv::status_code::cuda_error, "the output has the wrong size");
+    for (std::int64_t row = 0; row < rows; ++row)
+      errors[kind].add(relative_error(out.data() + row * dim, reference_.data() + row * dim, dim));
+  }
+  r.error_k = errors[key_output].mean();
+  r.error_v = errors[value_output].mean();
+  r.error_attention = errors[both_output].mean();
+  r.error_attention_max = errors[both_output].maximum;
+  r.device = gpu_name_;
+  return {};
+}
+
+outcome evaluator::run_gpu(const coding& codec, result& r) {
+  const gpu_side key{codec.key.spec, codec.key.parameters()}, value{codec.value.spec, codec.value.parameters()};
+  const gpu_side raw_key{packkv::make_element_codec(packkv::codec_kind::float16, cache_.key_dim()), {}};
+  const gpu_side raw_value{packkv::make_element_codec(packkv::codec_kind::float16, cache_.value_dim()), {}};
+  const packkv::status s = compare_gpu(r, [&](int kind, std::vector<float>& out) {
     const gpu_job job{view_of(cache_.k),
                       view_of(cache_.v),
                       view_of(cache_.q),
@@ -152,19 +185,11 @@ outcome evaluator::run_gpu(const coding& codec, result& r) {
                       rules_.sinks,
                       rules_.recent};
     packkv::device_report report;
-    if (const packkv::status s = gpu_attention(job, out, report); !s)
-      return failure("codec '" + codec.text + "' on the GPU: " + s.message);
-    if (out.size() != reference_.size()) return failure("the GPU's output has the wrong size");
-    for (std::int64_t row = 0; row < rows; ++row)
-      errors[kind].add(relative_error(out.data() + row * dim, reference_.data() + row * dim, dim));
+    const packkv::status state = gpu_attention(job, out, report);
     if (kind == both_output) r.leading_clamps = report.leading_clamps;
-  }
-  r.error_k = errors[key_output].mean();
-  r.error_v = errors[value_output].mean();
-  r.error_attention = errors[both_output].mean();
-  r.error_attention_max = errors[both_output].maximum;
-  r.device = gpu_name_;
-  return {};
+    return state;
+  });
+  return s ? outcome{} : failure("codec '" + codec.text + "' on the GPU: " + s.message);
 }
 
 }  // namespace evaluate

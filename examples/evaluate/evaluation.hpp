@@ -38,21 +38,30 @@ class evaluator {
   /// `cache` must outlive the evaluator.
   evaluator(const kv_cache& cache, const attention_rules& rules, int threads)
       : cache_(cache), rules_(rules), threads_(threads) {}
-  /// From now on attention on coded tiles runs on this GPU; formats of whole caches stay on the CPU.
-  void use_gpu(const std::string& name) { gpu_name_ = name; }
+  /// From now on attention on coded tiles runs on this GPU. What it does not support is an error if `required`, else the
+  /// CPU's.
+  void use_gpu(const std::string& name, bool required) {
+    gpu_name_ = name;
+    gpu_required_ = required;
+  }
 
   outcome run(const coding& codec, result& r);
 
  private:
   void attend(const tile_source& source, const std::string& label, result& r) const;
   void run_cpu(const coding& codec, result& r) const;
-  outcome run_whole(const coding& codec, result& r) const;
+  outcome run_whole(const coding& codec, result& r);
   outcome run_gpu(const coding& codec, result& r);
+  packkv::status run_whole_on_gpu(const coding& codec, result& r);
+  /// attention(kind, out) gives the GPU's outputs [query_heads, n, D_v] of a kind.
+  template <class Attention>
+  packkv::status compare_gpu(result& r, const Attention& attention);
 
   const kv_cache& cache_;
   attention_rules rules_;
   int threads_;
   std::string gpu_name_;          ///< empty: CPU
+  bool gpu_required_ = false;
   std::vector<float> reference_;  ///< exact outputs [query_heads, n, D_v], kept for the GPU's codecs
 };
 

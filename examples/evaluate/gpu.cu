@@ -1,43 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on the GPU for evaluate: compress the cache into contiguous pages, then decode_attention over it.
 #include <algorithm>
-#include <memory>
 #include <packkv/device/compress.cuh>
 #include <packkv/device/decode_attention.cuh>
 
 #include "gpu.hpp"
+#include "gpu_memory.cuh"
 
 namespace evaluate {
 
 namespace {
-
-namespace pk = packkv;
-
-struct device_free {
-  void operator()(void* p) const { (void)cudaFree(p); }
-};
-using device_memory = std::unique_ptr<void, device_free>;
-
-/// Remembers the first CUDA error; later steps are skipped.
-class device {
- public:
-  pk::status error;
-
-  device_memory allocate(std::int64_t bytes) {
-    void* p = nullptr;
-    if (error && bytes > 0) note(cudaMalloc(&p, static_cast<std::size_t>(bytes)));
-    return device_memory(p);
-  }
-  device_memory copy(const void* host, std::int64_t bytes) {
-    if (host == nullptr) return nullptr;
-    device_memory memory = allocate(bytes);
-    if (error && memory) note(cudaMemcpy(memory.get(), host, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice));
-    return memory;
-  }
-  void note(cudaError_t e) {
-    if (error && e != cudaSuccess) error = pk::refuse(pk::status_code::cuda_error, cudaGetErrorString(e), e);
-  }
-};
 
 /// A side's arrays in device memory.
 struct side_memory {
@@ -57,8 +29,6 @@ struct side_memory {
   }
 };
 
-std::int64_t bytes_of_view(const pk::input_view<3>& v) { return v.extent[0] * v.extent[1] * v.extent[2] * 2; }
-
 /// [heads, tokens, dim] as a cache of one sequence.
 pk::input_view<4> as_batch(const pk::input_view<3>& v, const void* data, std::int64_t tokens) {
   pk::input_view<4> out = pk::make_input(data, pk::dtype::float16, {1, v.extent[0], v.extent[1], v.extent[2]});
@@ -71,9 +41,9 @@ pk::status attend(const gpu_job& job, std::vector<float>& out, pk::device_report
   const std::int64_t heads = job.keys.extent[0], tokens = job.keys.extent[1], query_heads = job.queries.extent[0],
                      n = job.queries.extent[1];
   device d;
-  const device_memory keys = d.copy(job.keys.data, bytes_of_view(job.keys)),
-                      values = d.copy(job.values.data, bytes_of_view(job.values)),
-                      queries = d.copy(job.queries.data, bytes_of_view(job.queries));
+  const device_memory keys = d.copy(job.keys.data, view_bytes(job.keys)),
+                      values = d.copy(job.values.data, view_bytes(job.values)),
+                      queries = d.copy(job.queries.data, view_bytes(job.queries));
   const side_memory key(d, job.key, heads), value(d, job.value, heads);
   const std::int32_t numbers[] = {static_cast<std::int32_t>(tokens), 0, static_cast<std::int32_t>(n)};
   const device_memory lengths = d.copy(numbers, sizeof numbers), report_memory = d.copy(&report, sizeof report);

@@ -11,8 +11,24 @@ bool gpu_present(std::string& name_or_reason) {
   return false;
 }
 
-packkv::status gpu_attention(const gpu_job&, std::vector<float>&, packkv::device_report&) {
+namespace {
+packkv::status no_cuda() {
   return packkv::refuse(packkv::status_code::unsupported, "this program was built without CUDA");
+}
+}  // namespace
+
+packkv::status gpu_attention(const gpu_job&, std::vector<float>&, packkv::device_report&) { return no_cuda(); }
+packkv::status gpu_attention(const gpu_sequence_job&, const packkv::grouped_spec&, const packkv::grouped_spec&,
+                             std::int64_t, std::vector<float>&, packkv::device_report&) {
+  return no_cuda();
+}
+packkv::status gpu_attention(const gpu_sequence_job&, const packkv::adaptive_spec&, const packkv::adaptive_spec&,
+                             std::int64_t, std::vector<float>&, packkv::device_report&) {
+  return no_cuda();
+}
+packkv::status gpu_attention(const gpu_sequence_job&, const packkv::pack_format&, std::vector<float>&,
+                             packkv::device_report&) {
+  return no_cuda();
 }
 
 }  // namespace evaluate

@@ -139,20 +139,29 @@ outcome code_side(const Spec& spec, const npy_array& a, std::int64_t coded, std:
 
 /// Both sides leave the 16-bit tail together, in the larger one's blocks.
 template <class Spec>
-outcome code_cache(const Spec& key, const Spec& value, std::int64_t recent, const kv_cache& cache, coded_cache& out) {
+std::int64_t coded_tokens(const Spec& key, const Spec& value, std::int64_t recent, std::int64_t tokens) {
   const int block = std::max(block_tokens(key), block_tokens(value));  // 64 or 128
+  return tokens > recent ? (tokens - recent) / block * block : 0;
+}
+
+template <class Spec>
+outcome code_cache(const Spec& key, const Spec& value, std::int64_t recent, const kv_cache& cache, coded_cache& out) {
   out = {};
-  out.tokens = cache.tokens() > recent ? (cache.tokens() - recent) / block * block : 0;
+  out.tokens = coded_tokens(key, value, recent, cache.tokens());
   if (out.tokens == 0) return {};  // a cache too short for a block is 16-bit
   if (outcome o = code_side(key, cache.k, out.tokens, out.k, out.key_bytes); !o) return o;
   return code_side(value, cache.v, out.tokens, out.v, out.value_bytes);
 }
 
 template <class Spec>
-outcome make_coder(const Spec& key, const Spec& value, std::int64_t recent, whole_cache_coder& coder) {
+outcome make_coder(const Spec& key, const Spec& value, std::int64_t recent, whole_cache_codec& coder) {
   if (const packkv::status s = check(key); !s) return failure(std::string("k: ") + s.message);
   if (const packkv::status s = check(value); !s) return failure(std::string("v: ") + s.message);
-  coder = [=](const kv_cache& c, coded_cache& out) { return code_cache(key, value, recent, c, out); };
+  coder.code = [=](const kv_cache& c, coded_cache& out) { return code_cache(key, value, recent, c, out); };
+  coder.attend_on_gpu = [=](const gpu_sequence_job& job, std::vector<float>& out, packkv::device_report& report) {
+    const std::int64_t tokens = job.keys.extent[1];
+    return gpu_attention(job, key, value, tokens - coded_tokens(key, value, recent, tokens), out, report);
+  };
   return {};
 }
 
@@ -216,7 +225,7 @@ std::string finish_groups(const std::set<std::string>& given, group_choice& c) {
   return {};
 }
 
-outcome make_group_coder(const group_choice& choice, const kv_cache& cache, whole_cache_coder& coder) {
+outcome make_group_coder(const group_choice& choice, const kv_cache& cache, whole_cache_codec& coder) {
   const int key_dim = cache.key_dim(), value_dim = cache.value_dim();
   if (choice.adaptive)
     return make_coder(make_spec(side::key, key_dim, choice.key), make_spec(side::value, value_dim, choice.value),

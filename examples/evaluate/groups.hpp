@@ -2,7 +2,7 @@
 // The grouped and strip-adaptive formats in evaluate: the keys of `kivi`, `channel`, `token`, `vector` and `strip`, and
 // the coder behind them.
 //   group_choice g = default_groups("kivi");   parse_group_value("bits", "2", g);   finish_groups(given, g);
-//   whole_cache_coder coder;   make_group_coder(g, cache, coder);
+//   whole_cache_codec coder;   make_group_coder(g, cache, coder);
 #pragma once
 
 #include <packkv/codec/strip_adaptive.hpp>
@@ -43,6 +43,6 @@ bool parse_group_value(const std::string& key, const std::string& value, group_c
 /// Keys that contradict each other, or an empty string; fills in both sides.
 std::string finish_groups(const std::set<std::string>& given, group_choice& choice);
 /// Meets a choice with the shapes of a cache.
-outcome make_group_coder(const group_choice& choice, const kv_cache& cache, whole_cache_coder& coder);
+outcome make_group_coder(const group_choice& choice, const kv_cache& cache, whole_cache_codec& coder);
 
 }  // namespace evaluate

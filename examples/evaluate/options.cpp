@@ -104,7 +104,7 @@ std::string help_text() {
          "  --sinks N            the first N tokens stay 16-bit (default: 0)\n"
          "  --recent N           the last N keys of each query stay 16-bit (default: 0)\n"
          "  --device NAME        cpu, gpu or auto: where attention on coded tiles runs (default: auto: the GPU if\n"
-         "                       there is one; formats without kernels on the CPU)\n"
+         "                       there is one and it has the call, else the CPU)\n"
          "  --calibrate-k, --calibrate-v, --calibrate-q FILE\n"
          "                       another cache of the same layer: steps, permutations and scales come from it\n"
          "  --json FILE          results as JSON; - writes them to stdout and the table to stderr\n"

@@ -204,13 +204,16 @@ std::string finish_packs(const std::set<std::string>& given, pack_choice& c) {
   return {};
 }
 
-outcome make_pack_coder(const pack_choice& choice, const kv_cache& cache, whole_cache_coder& coder) {
+outcome make_pack_coder(const pack_choice& choice, const kv_cache& cache, whole_cache_codec& coder) {
   packkv::pack_format f = choice.format;
   f.kv_heads = cache.kv_heads();
   f.key.head_dim = static_cast<std::int16_t>(cache.key_dim());
   f.value.head_dim = static_cast<std::int16_t>(cache.value_dim());
   if (const packkv::status s = packkv::check_format(f); !s) return failure(s.message);
-  coder = [f](const kv_cache& c, coded_cache& out) { return encode(f, c, out); };
+  coder.code = [f](const kv_cache& c, coded_cache& out) { return encode(f, c, out); };
+  coder.attend_on_gpu = [f](const gpu_sequence_job& job, std::vector<float>& out, packkv::device_report& report) {
+    return gpu_attention(job, f, out, report);
+  };
   return {};
 }
 

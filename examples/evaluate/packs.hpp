@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // PackKV in evaluate: the keys of `packkv:...` and the coder behind them.
-//   pack_choice p;   parse_pack_value("quant", "token", p);   whole_cache_coder coder;   make_pack_coder(p, cache,
+//   pack_choice p;   parse_pack_value("quant", "token", p);   whole_cache_codec coder;   make_pack_coder(p, cache,
 //   coder);
 #pragma once
 
@@ -25,6 +25,6 @@ bool parse_pack_value(const std::string& key, const std::string& value, pack_cho
 /// Keys that contradict each other, or an empty string; fills in both sides.
 std::string finish_packs(const std::set<std::string>& given, pack_choice& choice);
 /// Meets a choice with the shapes of a cache.
-outcome make_pack_coder(const pack_choice& choice, const kv_cache& cache, whole_cache_coder& coder);
+outcome make_pack_coder(const pack_choice& choice, const kv_cache& cache, whole_cache_codec& coder);
 
 }  // namespace evaluate

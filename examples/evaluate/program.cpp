@@ -34,7 +34,7 @@ outcome choose_device(device_choice choice, evaluator& e) {
   if (choice == device_choice::cpu) return {};
   std::string name_or_reason;
   if (gpu_present(name_or_reason))
-    e.use_gpu(name_or_reason);
+    e.use_gpu(name_or_reason, choice == device_choice::gpu);
   else if (choice == device_choice::gpu)
     return failure("--device gpu: " + name_or_reason);
   return {};
@@ -48,9 +48,6 @@ outcome evaluate_all(const options& o, const kv_cache& cache, const kv_cache* ca
   std::vector<coding> codecs(o.codecs.size());
   for (std::size_t i = 0; i < codecs.size(); ++i)  // all of them first: a mistake in the last SPEC is found at once
     if (outcome s = make_coding(o.codecs[i], cache, calibration, threads, codecs[i]); !s) return s;
-  for (const coding& codec : codecs)
-    if (o.device == device_choice::gpu && codec.whole_cache)
-      return failure("codec '" + codec.text + "' has no kernels yet: --device cpu or auto evaluates it on the CPU");
   std::vector<result> results(codecs.size());
   for (std::size_t i = 0; i < codecs.size(); ++i)
     if (outcome s = e.run(codecs[i], results[i]); !s) return s;

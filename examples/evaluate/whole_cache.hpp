@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cache.hpp"
+#include "gpu.hpp"
 
 namespace evaluate {
 
@@ -25,6 +26,13 @@ struct coded_cache {
   std::vector<std::pair<std::string, double>> figures;  ///< further fields of the JSON result, finite
 };
 
-using whole_cache_coder = std::function<outcome(const kv_cache&, coded_cache&)>;
+/// A format made ready for one cache.
+struct whole_cache_codec {
+  std::function<outcome(const kv_cache&, coded_cache&)> code;
+  /// Encodes and attends on the GPU; `unsupported` where it cannot.
+  std::function<packkv::status(const gpu_sequence_job&, std::vector<float>& out, packkv::device_report&)> attend_on_gpu;
+
+  explicit operator bool() const { return static_cast<bool>(code); }
+};
 
 }  // namespace evaluate

@@ -23,7 +23,9 @@
 #include <packkv/reference/compress.hpp>
 #include <packkv/reference/grouped.hpp>
 #include <packkv/reference/grouped_attention.hpp>
+#include <packkv/reference/grouped_side.hpp>
 #include <packkv/reference/pack_attention.hpp>
 #include <packkv/reference/packs.hpp>
 #include <packkv/reference/strip_adaptive.hpp>
+#include <packkv/reference/strip_adaptive_attention.hpp>
 #include <packkv/reference/tile.hpp>

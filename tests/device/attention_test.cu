@@ -3,22 +3,11 @@
 
 #include "../support/catch.hpp"
 #include "test_cache.hpp"
+#include "workspace.hpp"
 
 using namespace packkv_test;
 
 namespace {
-
-/// Poisoned memory of just the bytes that a call of this grid uses, so that AddressSanitizer sees the next one; `bound`
-/// is what the library says that every call within the maxima needs.
-template <int ValueDim>
-device_array<std::uint8_t> exact_workspace(const pk::policy::decode_grid& grid, std::int64_t bound) {
-  const std::int64_t used =
-      std::max(pk::detail::split_bytes<ValueDim>(grid).value(), pk::detail::workspace_counter_bytes);
-  if (used > bound) throw std::runtime_error("the bound of the workspace is less than what a call uses");
-  device_array<std::uint8_t> workspace(static_cast<std::size_t>(used));
-  workspace.poison();
-  return workspace;
-}
 
 /// Queries, overlays, options and outputs of one decode call on host and device.
 template <class Format>

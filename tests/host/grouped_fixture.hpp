@@ -90,6 +90,31 @@ struct coded {
   }
 };
 
+/// An encoded tensor of the strip-adaptive format.
+struct adaptive_coded {
+  pk::adaptive_spec spec;
+  pk::adaptive_layout layout;
+  aligned_bytes bytes{0};
+  std::vector<std::int64_t> offsets;
+  pk::device_report report;
+  int recent = 0;
+
+  adaptive_coded(const pk::adaptive_spec& s, const tensor16& x, int recent_tokens = 0)
+      : spec(s), recent(recent_tokens) {
+    REQUIRE(pk::make_adaptive_layout(spec, x.heads, x.tokens, recent, layout));
+    bytes = aligned_bytes(layout.max_bytes);
+    offsets.resize(static_cast<std::size_t>(layout.tiles) + 1);
+    REQUIRE(pk::reference::encode_adaptive(spec, x.view(), recent, bytes.data(), bytes.size(), offsets.data(), report));
+  }
+  std::vector<float> decode() const {
+    const std::int64_t dim = spec.groups.head_dim;
+    std::vector<float> x(static_cast<std::size_t>(layout.heads * layout.tokens * dim));
+    const auto out = pk::make_output<3>(x.data(), pk::dtype::float32, {layout.heads, layout.tokens, dim});
+    REQUIRE(pk::reference::decode_adaptive(spec, bytes.data(), offsets.back(), offsets.data(), recent, out));
+    return x;
+  }
+};
+
 // ---- the second implementation -------------------------------------------------------------------------------------
 
 /// The finite fp16 numbers in ascending order, +0 only.
@@ -340,6 +365,14 @@ inline pk::grouped_spec random_spec(host_test::random_source& random, pk::side w
   return pk::make_grouped(which, dim, axis, group, random.pick(widths), random.pick(rules),
                           random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity,
                           random.chance(3));
+}
+
+inline pk::adaptive_spec random_adaptive(host_test::random_source& random, int dim) {
+  const pk::group_axis axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token};
+  const float steps[] = {1.0f, 0.4f, 0.2f, 0.1f, 0.05f, 0.01f, 1.0f / 255.0f};
+  return pk::make_adaptive(
+      random.chance(2) ? pk::side::key : pk::side::value, dim, random.pick(axes), random.pick(steps),
+      random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.chance(3));
 }
 
 inline std::string describe(const pk::grouped_spec& s) {

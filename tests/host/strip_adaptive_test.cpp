@@ -2,6 +2,7 @@
 // The strip-adaptive format against a naive quantiser: values, widths, sizes, damaged bytes.
 #include <packkv/reference/strip_adaptive.hpp>
 
+#include "../format/adaptive_decoder.hpp"
 #include "grouped_fixture.hpp"
 
 namespace pk = packkv;
@@ -12,26 +13,29 @@ using host_test::seed_of;
 
 namespace {
 
-struct adaptive_coded {
-  pk::adaptive_layout layout;
-  aligned_bytes bytes{0};
-  std::vector<std::int64_t> offsets;
-  pk::device_report report;
+/// Equal bits, or NaN both: what a NaN carries is no part of the format.
+int count_different(const std::vector<float>& a, const std::vector<float>& b) {
+  int different = a.size() != b.size();
+  for (std::size_t i = 0; i < a.size() && i < b.size(); ++i)
+    different += std::isnan(a[i]) || std::isnan(b[i]) ? std::isnan(a[i]) != std::isnan(b[i]) : a[i] != b[i];
+  return different;
+}
 
-  adaptive_coded(const pk::adaptive_spec& spec, const tensor16& x, int recent) {
-    REQUIRE(pk::make_adaptive_layout(spec, x.heads, x.tokens, recent, layout));
-    bytes = aligned_bytes(layout.max_bytes);
-    offsets.resize(static_cast<std::size_t>(layout.tiles) + 1);
-    REQUIRE(ref::encode_adaptive(spec, x.view(), recent, bytes.data(), bytes.size(), offsets.data(), report));
-  }
-};
-
-pk::adaptive_spec random_adaptive(random_source& random, int dim) {
-  const pk::group_axis axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token};
-  const float steps[] = {1.0f, 0.4f, 0.2f, 0.1f, 0.05f, 0.01f, 1.0f / 255.0f};
-  return pk::make_adaptive(
-      random.chance(2) ? pk::side::key : pk::side::value, dim, random.pick(axes), random.pick(steps),
-      random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.chance(3));
+std::vector<float> documented(const adaptive_coded& e) {
+  const pk::grouped_spec& g = e.spec.groups;
+  clean::adaptive_format f;
+  f.of = g.which == pk::side::key ? clean::side::key : clean::side::value;
+  f.axis = g.axis == pk::group_axis::channel  ? clean::shares_step::tokens_of_channel
+           : g.axis == pk::group_axis::vector ? clean::shares_step::channels_of_token
+                                              : clean::shares_step::heads_of_token;
+  f.head_dim = g.head_dim;
+  f.relative_step = e.spec.relative_step;
+  f.hadamard = g.transform == pk::transform_kind::hadamard;
+  f.centred = g.centred;
+  f.heads = static_cast<int>(e.layout.heads);
+  f.tokens = static_cast<int>(e.layout.tokens);
+  f.recent = e.recent;
+  return clean::decode_adaptive(f, e.bytes.data(), e.offsets.data());
 }
 
 }  // namespace
@@ -78,9 +82,7 @@ TEST_CASE("strip-adaptive values, widths and sizes equal a naive implementation"
     CHECK(wrong_sizes == 0);
     CHECK(e.offsets.back() <= e.layout.max_bytes);
 
-    std::vector<float> back(x.bits.size());
-    const auto out = pk::make_output<3>(back.data(), pk::dtype::float32, {heads, tokens, dim});
-    REQUIRE(ref::decode_adaptive(spec, e.bytes.data(), e.offsets.back(), e.offsets.data(), recent, out));
+    const std::vector<float> back = e.decode();
     int wrong = 0;
     for (int h = 0; h < heads; ++h)
       for (int t = 0; t < tokens; ++t) {
@@ -98,6 +100,64 @@ TEST_CASE("strip-adaptive values, widths and sizes equal a naive implementation"
   }
 }
 
+TEST_CASE("a decoder written from the document reads strip-adaptive bytes as the reference does", "[adaptive]") {
+  const int dims[] = {64, 96, 128, 192, 256, 512};
+  for (int round = 0; round < 60; ++round) {
+    const std::uint64_t seed = seed_of(9100 + static_cast<std::uint64_t>(round));
+    random_source random(seed);
+    const int dim = random.pick(dims), heads = random.between(1, 3), tokens = random.between(1, 200);
+    const pk::adaptive_spec spec = random_adaptive(random, dim);
+    tensor16 x = random_tensor(random, heads, tokens, dim);
+    for (int i = random.chance(3) ? 5 : 0; i > 0; --i)
+      x.bits[static_cast<std::size_t>(random.below(static_cast<int>(x.bits.size())))] =
+          random.chance(2) ? 0x7c00 : 0xfe01;
+    INFO("seed " << seed << " " << describe(spec.groups) << " step " << spec.relative_step);
+    const adaptive_coded e(spec, x, random.chance(2) ? 0 : random.between(0, 130));
+    CHECK(count_different(e.decode(), documented(e)) == 0);
+  }
+}
+
+TEST_CASE("non-finite input makes its own strip-adaptive groups NaN and nothing else", "[adaptive]") {
+  random_source random(seed_of(9200));
+  for (const float poison : {std::nanf(""), INFINITY, -INFINITY})
+    for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token})
+      for (const float step : {1.0f, 0.1f, 1.0f / 255.0f}) {
+        const pk::adaptive_spec spec = pk::make_adaptive(pk::side::key, 64, axis, step);
+        tensor16 x = random_tensor(random, 2, 150, 64);
+        const std::vector<float> before = adaptive_coded(spec, x).decode();
+        x.bits[x.at(1, 70, 40)] = pk::float_to_half(poison);
+        x.bits[x.at(0, 140, 3)] = pk::float_to_half(poison);  // in the tail: stays what it is
+        const adaptive_coded e(spec, x);
+        CHECK(e.report.flags == pk::report_nonfinite_input);
+        std::vector<float> expected = before;
+        for (int h = 0; h < 2; ++h)
+          for (int t = 64; t < 128; ++t)
+            for (int c = 0; c < 64; ++c)
+              if (axis == pk::group_axis::channel  ? h == 1 && c == 40
+                  : axis == pk::group_axis::vector ? h == 1 && t == 70
+                                                   : t == 70)
+                expected[x.at(h, t, c)] = NAN;
+        expected[x.at(0, 140, 3)] = poison;
+        INFO(describe(spec.groups) << " step " << step << " poison " << poison);
+        CHECK(count_different(e.decode(), expected) == 0);
+      }
+}
+
+TEST_CASE("strip-adaptive bounds beyond fp16 are reported and decode as NaN", "[adaptive]") {
+  tensor16 x(1, 64, 64);
+  for (int c = 0; c < 64; ++c) x.bits[x.at(0, 9, c)] = pk::float_to_half(c % 2 == 0 ? 65504.0f : -65504.0f);
+  for (const auto transform : {pk::transform_kind::identity, pk::transform_kind::hadamard})
+    for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+      const bool beyond = transform == pk::transform_kind::hadamard;  // one element becomes 8 x 65504
+      const adaptive_coded e(pk::make_adaptive(pk::side::value, 64, axis, 1.0f, transform), x);
+      INFO(describe(e.spec.groups));
+      CHECK(e.report.flags == (beyond ? pk::report_scale_overflow : 0u));
+      const std::vector<float> back = e.decode();
+      for (int t = 0; t < 64; ++t)
+        CHECK(std::isnan(back[x.at(0, t, 5)]) == (beyond && (t == 9 || axis == pk::group_axis::channel)));
+    }
+}
+
 TEST_CASE("a constant tensor takes no code bits", "[adaptive]") {
   tensor16 x(2, 128, 128);
   std::fill(x.bits.begin(), x.bits.end(), pk::float_to_half(3.25f));
@@ -105,9 +165,7 @@ TEST_CASE("a constant tensor takes no code bits", "[adaptive]") {
   const adaptive_coded e(spec, x, 0);
   CHECK(e.offsets.back() == 2 * 256 + 4 * 16);  // two blocks of shared scales, four headers
   CHECK(pk::adaptive_total_bytes(e.layout, e.offsets.back()) == e.offsets.back() + 5 * 8);
-  std::vector<float> back(x.bits.size());
-  REQUIRE(ref::decode_adaptive(spec, e.bytes.data(), e.offsets.back(), e.offsets.data(), 0,
-                               pk::make_output<3>(back.data(), pk::dtype::float32, {2, 128, 128})));
+  const std::vector<float> back = e.decode();
   CHECK(std::all_of(back.begin(), back.end(), [](float v) { return v == 3.25f; }));
 }
 

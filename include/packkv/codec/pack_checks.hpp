@@ -47,13 +47,19 @@ inline status check_pack_output(const pack_side& s, std::int64_t blocks) {
   return {};
 }
 
-/// Offsets and ranges of one side; what lies inside tiles is checked with them (reference::check_packs).
-inline status check_pack_index(const pack_format& f, side which, const const_pack_side& s, std::int64_t blocks) {
+/// Pointers of one side that is to be read: all that a host can see of packs in device memory.
+inline status check_pack_pointers(const const_pack_side& s, std::int64_t blocks) {
   if (s.offsets == nullptr) return refuse(status_code::invalid_argument, "the offsets of packs are null");
   if (blocks > 0 && (s.ranges == nullptr || s.data == nullptr))
     return refuse(status_code::invalid_argument, "the ranges or the data of packs are null");
   if (!is_aligned(s.offsets, 8) || !is_aligned(s.ranges, 4) || !is_aligned(s.data, 16))
     return refuse(status_code::misaligned, "packs need offsets at 8, ranges at 4 and data at 16 bytes");
+  return {};
+}
+
+/// Offsets and ranges of one side; what lies inside tiles is checked with them (reference::check_packs).
+inline status check_pack_index(const pack_format& f, side which, const const_pack_side& s, std::int64_t blocks) {
+  if (const status r = check_pack_pointers(s, blocks); !r) return r;
   const std::int64_t tiles = tile_count(f, blocks);
   if (s.offsets[0] != 0) return refuse(status_code::corrupt, "the first tile does not begin at 0");
   for (std::int64_t i = 0; i < tiles; ++i)

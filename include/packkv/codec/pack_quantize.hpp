@@ -57,4 +57,20 @@ PACKKV_HOST_DEVICE inline std::uint16_t range_bits(dtype element, float x) {
   return element == dtype::float16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
+/// Bits of a 16-bit element as an integer that orders as the numbers do (-0 before +0), and back.
+PACKKV_HOST_DEVICE inline std::int16_t ordered_bits(std::uint16_t bits) {
+  const std::int16_t x = static_cast<std::int16_t>(bits);
+  return static_cast<std::int16_t>(x ^ ((x >> 15) & 0x7fff));
+}
+PACKKV_HOST_DEVICE inline std::uint16_t element_bits(std::int16_t ordered) {
+  const std::uint16_t bits = static_cast<std::uint16_t>(ordered ^ ((ordered >> 15) & 0x7fff));
+  return bits == 0x8000u ? std::uint16_t{0} : bits;  // both zeros are stored as +0
+}
+/// Whether all elements from `low` to `high`, as ordered_bits(), are finite: infinities and NaNs lie beyond on both
+/// sides.
+PACKKV_HOST_DEVICE inline bool are_finite_bits(dtype element, std::int16_t low, std::int16_t high) {
+  const int largest = element == dtype::float16 ? 0x7bff : 0x7f7f;
+  return high <= largest && low >= -largest - 1;
+}
+
 }  // namespace packkv

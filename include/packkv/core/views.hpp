@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <packkv/core/checked.hpp>
 #include <packkv/core/config.hpp>
 #include <packkv/core/float_formats.hpp>
@@ -38,8 +39,9 @@ using output_view = tensor_view<void*, Rank>;
 
 namespace detail {
 
-/// Stride of a contiguous view whose size does not fit 63 bits; check_view refuses it.
-inline constexpr std::int64_t unreachable_stride = -9223372036854775807LL - 1;
+/// Stride of a contiguous view whose size does not fit 63 bits; check_view refuses it. No multiple of an element size,
+/// and small, so that compilers see no overflow in code that would use it.
+inline constexpr std::int64_t unreachable_stride = -1;
 
 template <class Pointer, int Rank>
 PACKKV_HOST_DEVICE constexpr tensor_view<Pointer, Rank> contiguous(Pointer data, dtype type,
@@ -110,10 +112,10 @@ inline status check_view(const tensor_view<Pointer, Rank>& view) {
     return refuse(status_code::misaligned, "a tensor pointer is not a multiple of its element size");
   checked reach = 0;
   for (int i = 0; i < Rank; ++i) {
+    if (view.stride[i] == unreachable_stride || view.stride[i] == std::numeric_limits<std::int64_t>::min())
+      return refuse(status_code::overflow, "a tensor reaches beyond 63 bits of address");
     if (view.stride[i] % unit != 0)
       return refuse(status_code::misaligned, "a tensor stride is not a multiple of its element size", i);
-    if (view.stride[i] == unreachable_stride)
-      return refuse(status_code::overflow, "a tensor reaches beyond 63 bits of address");
     reach = reach + checked(view.extent[i] - 1) * checked(view.stride[i] < 0 ? -view.stride[i] : view.stride[i]);
   }
   if (!reach.valid()) return refuse(status_code::overflow, "a tensor reaches beyond 63 bits of address");

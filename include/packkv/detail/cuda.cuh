@@ -57,6 +57,15 @@ __device__ inline T warp_sum(T x, call_site where = call_site::here()) {
   for (int m = 16; m > 0; m /= 2) x += shuffle_xor(x, m, where);
   return x;
 }
+/// Sum of the values of this lane and of those below it.
+template <class T>
+__device__ inline T warp_prefix_sum(T x, call_site where = call_site::here()) {
+  for (int d = 1; d < warp_threads; d *= 2) {
+    const T below = shuffle(x, lane_id() - d, where);
+    if (lane_id() >= d) x += below;
+  }
+  return x;
+}
 
 /// 2^x as the hardware computes it (two units in the last place; 2^-inf = 0).
 __device__ inline float exp2_approx(float x) { return exp2f(x); }

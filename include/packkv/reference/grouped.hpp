@@ -8,40 +8,14 @@
 
 #include <cstdint>
 #include <cstring>
-#include <packkv/codec/grouped_quantize.hpp>
-#include <packkv/codec/pages.hpp>
-#include <packkv/reference/compress.hpp>
+#include <packkv/reference/grouped_side.hpp>
 #include <vector>
 
 namespace packkv::reference {
 
 namespace detail {
 
-/// A group of one block: [head, head + heads) x [token, token + tokens) x [channel, channel + channels).
-struct group_box {
-  std::int64_t head, heads;
-  int token, tokens, channel, channels;
-};
-
-/// Calls f(box) for every group of a block of `heads` heads.
-template <class Function>
-void for_each_group(const grouped_spec& spec, std::int64_t heads, const Function& f) {
-  const int dim = spec.head_dim, tokens = spec.block_tokens();
-  if (spec.axis == group_axis::token) {
-    for (int t = 0; t < tokens; ++t) f(group_box{0, heads, t, 1, 0, dim});
-    return;
-  }
-  for (std::int64_t h = 0; h < heads; ++h)
-    if (spec.axis == group_axis::channel) {
-      for (int t = 0; t < tokens; t += spec.group)
-        for (int c = 0; c < dim; ++c) f(group_box{h, 1, t, spec.group, c, 1});
-    } else {
-      for (int t = 0; t < tokens; ++t)
-        for (int c = 0; c < dim; c += spec.group) f(group_box{h, 1, t, 1, c, spec.group});
-    }
-}
-
-/// Sum in double of f(element) over a box: 32 partial sums by element index modulo 32, then a tree.
+/// Sum in double of f(sum, element) over a box: 32 partial sums by element index modulo 32, then a tree.
 template <class Function>
 double box_sum(const grouped_spec& spec, const float* y, const group_box& box, const Function& f) {
   double partial[32] = {};
@@ -58,32 +32,25 @@ double box_sum(const grouped_spec& spec, const float* y, const group_box& box, c
 /// What a box of finite or non-finite elements stores.
 inline packkv::detail::group_numbers numbers_of(const grouped_spec& spec, const float* y, const group_box& box) {
   using namespace packkv::detail;
-  float lowest = infinity(), highest = -infinity();
-  bool finite = true;
-  box_sum(spec, y, box, [&](double, float x) {
-    finite = finite && is_finite(x);
-    lowest = min_of(lowest, x);
-    highest = max_of(highest, x);
-    return 0.0;
-  });
-  if (!finite) return {};
+  const box_range range = range_of(spec, y, box);
+  if (!range.finite) return {};
   const int count = static_cast<int>(box.heads) * box.tokens * box.channels;
-  if (spec.step == step_rule::min_max) return min_max_numbers(lowest, highest);
+  if (spec.step == step_rule::min_max) return min_max_numbers(range.lowest, range.highest);
   if (spec.step == step_rule::gaussian) return rms_numbers(box_sum(spec, y, box, add_square), count);
   const double sum = box_sum(spec, y, box, [](double a, float x) { return a + static_cast<double>(x); });
   const float mean = static_cast<float>(div_rn(sum, static_cast<double>(count)));
-  return mean_numbers(mean, box_sum(spec, y, box, [&](double a, float x) { return add_square(a, sub_rn(x, mean)); }),
-                      count, spec.width);
+  const auto add_distance = [&](double a, float x) { return add_square(a, sub_rn(x, mean)); };
+  return mean_numbers(mean, box_sum(spec, y, box, add_distance), count, spec.width);
 }
 
 /// Codes one block. y is [heads, block_tokens, head_dim] after centring and transform; `block` is zeroed memory.
 inline void encode_block(const grouped_spec& spec, std::int64_t heads, const float* y, std::uint8_t* block,
-                         device_report& report, bool finite_input) {
+                         device_report& report, const finite_rows& finite) {
   using namespace packkv::detail;
   for_each_group(spec, heads, [&](const group_box& box) {
     const group_numbers n = numbers_of(spec, y, box);
     const group_values v = values_of(spec, n);
-    if (!n.valid() && finite_input) report.flags |= report_scale_overflow;
+    if (!n.valid() && finite.all(box)) report.flags |= report_scale_overflow;
     const group_place at = locate_group(spec, heads, box.head, box.token, box.channel);
     store_bits(block, at.first, n.first);
     if (spec.has_minima()) store_bits(block, at.minimum, n.minimum);
@@ -99,47 +66,52 @@ inline void encode_block(const grouped_spec& spec, std::int64_t heads, const flo
   });
 }
 
-/// Step and minimum of the group of an element.
-inline packkv::detail::group_values group_at(const grouped_spec& spec, std::int64_t heads, const std::uint8_t* block,
-                                             std::int64_t head, int token, int channel) {
-  const group_place at = locate_group(spec, heads, head, token, channel);
-  return packkv::detail::values_of(
-      spec, {load_bits(block, at.first), spec.has_minima() ? load_bits(block, at.minimum) : std::uint16_t{0}});
-}
+/// Reads one head of a coded side.
+class grouped_reader : public head_reader {
+ public:
+  grouped_reader(const grouped_view& view, const grouped_layout& layout, std::int64_t head)
+      : head_reader(view.spec, view.bytes, layout.tail_offset, layout.tokens, layout.coded_tokens, view.tail_type,
+                    head),
+        blocks_(view.bytes + layout.blocks_offset),
+        block_bytes_(view.spec.block_bytes(layout.heads)),
+        heads_(layout.heads),
+        head_(head) {}
 
-/// Reconstructs one token of a block into y[head_dim], before the inverse transform.
-inline void decode_block_token(const grouped_spec& spec, std::int64_t heads, const std::uint8_t* block,
-                               std::int64_t head, int token, float* y) {
-  const std::uint32_t* words =
-      reinterpret_cast<const std::uint32_t*>(block + grouped_tile_offset(spec, head, token / tile_tokens));
-  packkv::detail::group_values g{};
-  const int run = spec.axis == group_axis::channel ? 1 : spec.axis == group_axis::vector ? spec.group : spec.head_dim;
-  for (int c = 0; c < spec.head_dim; ++c) {
-    if (c % run == 0) g = group_at(spec, heads, block, head, token, c);
-    y[c] = packkv::detail::decode_in(spec, g, read_code(words, locate(spec.strips, token % tile_tokens, c)));
+  std::uint32_t code(std::int64_t token, int channel) const {
+    const int in_block = static_cast<int>(token % spec().block_tokens());
+    const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(
+        block(token) + grouped_tile_offset(spec(), head_, in_block / tile_tokens));
+    return read_code(words, locate(spec().strips, in_block % tile_tokens, channel));
   }
-}
-
-inline status check_grouped_bytes(const void* bytes, std::int64_t size, const grouped_layout& layout) {
-  if (size != layout.total_bytes)
-    return refuse(status_code::shape_mismatch, "the buffer's size is not grouped_layout::total_bytes",
-                  layout.total_bytes);
-  if (bytes == nullptr && size > 0) return refuse(status_code::invalid_argument, "the buffer is null");
-  if (reinterpret_cast<std::uintptr_t>(bytes) % 16 != 0)
-    return refuse(status_code::misaligned, "the buffer must be 16-byte aligned");
-  return {};
-}
-
-/// Mean of every channel over the coded tokens as fp16 bits; 0 where it is not finite.
-inline std::uint16_t channel_mean_bits(const input_view<3>& x, std::int64_t head, int channel, std::int64_t tokens) {
-  double sum = 0.0;
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const double e = packkv::detail::load_element(packkv::detail::address(x, head, t, channel), x.type);
-    sum += e;
+  packkv::detail::group_values group(std::int64_t token, int channel) const {
+    const int in_block = static_cast<int>(token % spec().block_tokens());
+    const group_place at = locate_group(spec(), heads_, head_, in_block, channel);
+    packkv::detail::group_numbers n;
+    n.first = load_bits(block(token), at.first);
+    if (spec().has_minima()) n.minimum = load_bits(block(token), at.minimum);
+    return packkv::detail::values_of(spec(), n);
   }
-  const std::uint16_t bits =
-      tokens > 0 ? float_to_half(static_cast<float>(sum / static_cast<double>(tokens))) : std::uint16_t{0};
-  return packkv::detail::is_finite_half(bits) ? bits : std::uint16_t{0};
+
+ private:
+  const std::uint8_t* block(std::int64_t token) const { return blocks_ + token / spec().block_tokens() * block_bytes_; }
+
+  const std::uint8_t* blocks_;
+  std::int64_t block_bytes_, heads_, head_;
+};
+
+/// A checked side, which readers refer to.
+struct grouped_side {
+  grouped_view view;
+  grouped_layout layout;
+
+  const grouped_spec& groups() const { return view.spec; }
+  grouped_reader read(std::int64_t head) const { return {view, layout, head}; }
+};
+
+/// Checks everything about a coded side that can be checked.
+inline status open_side(const grouped_view& view, grouped_side& side) {
+  side.view = view;
+  return packkv::detail::check_grouped_view(view, side.layout);
 }
 
 }  // namespace detail
@@ -157,37 +129,17 @@ inline status encode_grouped(const grouped_spec& spec, const input_view<3>& x, s
     return refuse(status_code::shape_mismatch, "the tensor's last extent is not the spec's head_dim", x.extent[2]);
   grouped_layout layout;
   if (const status s = make_grouped_layout(spec, x.extent[0], x.extent[1], recent, layout); !s) return s;
-  if (const status s = detail::check_grouped_bytes(bytes, size, layout); !s) return s;
+  if (const status s = check_grouped_bytes(bytes, size, layout); !s) return s;
 
-  const int dim = spec.head_dim, block_tokens = spec.block_tokens();
   const std::int64_t heads = layout.heads, block_bytes = spec.block_bytes(heads);
   std::memset(bytes, 0, static_cast<std::size_t>(layout.tail_offset));
-  if (spec.centred)
-    for (std::int64_t h = 0; h < heads; ++h)
-      for (int c = 0; c < dim; ++c)
-        detail::store_bits(bytes, 2 * (h * dim + c), detail::channel_mean_bits(x, h, c, layout.coded_tokens));
-
-  std::vector<float> y(static_cast<std::size_t>(heads) * static_cast<std::size_t>(block_tokens * dim));
-  float row[max_head_dim];
+  detail::store_means_and_tail(spec, x, layout.coded_tokens, bytes, layout.tail_offset);
+  std::vector<float> y(static_cast<std::size_t>(heads) * static_cast<std::size_t>(spec.block_tokens() * spec.head_dim));
+  detail::finite_rows finite(spec, heads);
   for (std::int64_t b = 0; b < layout.blocks; ++b) {
-    bool finite = true;
-    for (std::int64_t h = 0; h < heads; ++h)
-      for (int t = 0; t < block_tokens; ++t) {
-        detail::load_token(address(x, h, b * block_tokens + t, 0), x.stride[2], x.type, dim, row);
-        for (int c = 0; c < dim; ++c) {
-          finite = finite && is_finite(row[c]);
-          if (spec.centred) row[c] = sub_rn(row[c], half_to_float(detail::load_bits(bytes, 2 * (h * dim + c))));
-        }
-        transform_forward(spec.transform, nullptr, dim, row, y.data() + (h * block_tokens + t) * dim);
-      }
-    if (!finite) report.flags |= report_nonfinite_input;
+    detail::load_block(spec, x, bytes, b, y.data(), finite, report);
     detail::encode_block(spec, heads, y.data(), bytes + layout.blocks_offset + b * block_bytes, report, finite);
   }
-
-  std::uint8_t* tail = bytes + layout.tail_offset;
-  for (std::int64_t h = 0; h < heads; ++h)
-    for (std::int64_t t = layout.coded_tokens; t < layout.tokens; ++t)
-      for (int c = 0; c < dim; ++c, tail += 2) std::memcpy(tail, address(x, h, t, c), 2);
   return {};
 }
 
@@ -198,29 +150,12 @@ inline status decode_grouped(const grouped_spec& spec, const std::uint8_t* bytes
   using namespace packkv::detail;
   if (const status s = check_grouped(spec); !s) return s;
   if (const status s = check_view(x); !s) return s;
-  if (tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
   if (x.extent[2] != spec.head_dim)
     return refuse(status_code::shape_mismatch, "the tensor's last extent is not the spec's head_dim", x.extent[2]);
-  grouped_layout layout;
-  if (const status s = make_grouped_layout(spec, x.extent[0], x.extent[1], recent, layout); !s) return s;
-  if (const status s = detail::check_grouped_bytes(bytes, size, layout); !s) return s;
-
-  const int dim = spec.head_dim, block_tokens = spec.block_tokens();
-  float y[max_head_dim], row[max_head_dim];
-  for (std::int64_t h = 0; h < layout.heads; ++h)
-    for (std::int64_t t = 0; t < layout.tokens; ++t) {
-      if (t < layout.coded_tokens) {
-        const std::uint8_t* block = bytes + layout.blocks_offset + t / block_tokens * spec.block_bytes(layout.heads);
-        detail::decode_block_token(spec, layout.heads, block, h, static_cast<int>(t % block_tokens), y);
-        transform_inverse(spec.transform, nullptr, dim, y, row);
-        for (int c = 0; c < dim && spec.centred; ++c)
-          row[c] = add_rn(row[c], half_to_float(detail::load_bits(bytes, 2 * (h * dim + c))));
-      } else {
-        const std::int64_t at = h * (layout.tokens - layout.coded_tokens) + t - layout.coded_tokens;
-        detail::load_token(bytes + layout.tail_offset + at * dim * 2, 2, tail_type, dim, row);
-      }
-      detail::store_token(address(x, h, t, 0), x.stride[2], x.type, dim, row);
-    }
+  detail::grouped_side side;
+  if (const status s = detail::open_side({spec, bytes, size, x.extent[0], x.extent[1], recent, tail_type}, side); !s)
+    return s;
+  for (std::int64_t h = 0; h < x.extent[0]; ++h) detail::decode_head(side.read(h), h, x);
   return {};
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU definition of scores, value sums and attention on the stored bytes of the `grouped` formats, in double.
+// CPU definition of scores, value sums and attention on the stored bytes of the `grouped` formats, in double; the
+// templates serve every format that has readers (reference/grouped_side.hpp).
 // One idea: x^ = step * code + minimum, so steps and minima fold into q, S, P or O and no element is ever rebuilt:
 //   q.x^ = sum (q step) code + q.minimum     sum w x^ = step sum w code + minimum sum w
 #pragma once
@@ -12,97 +13,22 @@
 
 namespace packkv::reference {
 
-/// One coded side as encode_grouped left it. The bytes are not owned.
-struct grouped_view {
-  grouped_spec spec = {};
-  const std::uint8_t* bytes = nullptr;  ///< 16-byte aligned
-  std::int64_t size = 0;                ///< grouped_layout::total_bytes
-  std::int64_t heads = 0;
-  std::int64_t tokens = 0;
-  std::int64_t recent = 0;
-  dtype tail_type = dtype::float16;
-};
-
 namespace detail {
 
-inline status check_grouped_view(const grouped_view& view, grouped_layout& layout) {
-  if (const status s = make_grouped_layout(view.spec, view.heads, view.tokens, view.recent, layout); !s) return s;
-  if (view.tail_type == dtype::float32) return refuse(status_code::invalid_argument, "the tail holds 16-bit elements");
-  return check_grouped_bytes(view.bytes, view.size, layout);
-}
-
-inline status check_grouped_operand(const input_view<3>& x, std::int64_t heads, std::int64_t length) {
-  if (const status s = packkv::detail::check_view(x); !s) return s;
-  if (x.extent[0] < 1 || x.extent[0] % heads != 0)
-    return refuse(status_code::shape_mismatch, "query heads must be a positive multiple of the KV heads", x.extent[0]);
-  if (x.extent[2] != length)
-    return refuse(status_code::shape_mismatch, "the last extent disagrees with the coded side", x.extent[2]);
-  return {};
-}
-inline status check_grouped_output(const output_view<3>& out, const input_view<3>& x, std::int64_t length) {
-  if (const status s = packkv::detail::check_view(out); !s) return s;
-  if (out.extent[0] != x.extent[0] || out.extent[1] != x.extent[1] || out.extent[2] != length)
-    return refuse(status_code::shape_mismatch, "the output's extents disagree with the inputs");
-  return {};
-}
-
-/// Reads codes, groups, means and the tail of one KV head.
-class grouped_reader {
- public:
-  grouped_reader(const grouped_view& view, const grouped_layout& layout, std::int64_t head)
-      : view_(view), layout_(layout), head_(head) {}
-
-  std::uint32_t code(std::int64_t token, int channel) const {
-    const grouped_spec& spec = view_.spec;
-    const int in_block = static_cast<int>(token % spec.block_tokens());
-    const std::uint32_t* words =
-        reinterpret_cast<const std::uint32_t*>(block(token) + grouped_tile_offset(spec, head_, in_block / tile_tokens));
-    return read_code(words, locate(spec.strips, in_block % tile_tokens, channel));
-  }
-  packkv::detail::group_values group(std::int64_t token, int channel) const {
-    const int in_block = static_cast<int>(token % view_.spec.block_tokens());
-    return group_at(view_.spec, layout_.heads, block(token), head_, in_block, channel);
-  }
-  double mean(int channel) const {
-    if (!view_.spec.centred) return 0.0;
-    return half_to_float(load_bits(view_.bytes, 2 * (head_ * view_.spec.head_dim + channel)));
-  }
-  void tail(std::int64_t token, float* x) const {
-    const std::int64_t at = head_ * (layout_.tokens - layout_.coded_tokens) + token - layout_.coded_tokens;
-    load_token(view_.bytes + layout_.tail_offset + at * view_.spec.head_dim * 2, 2, view_.tail_type,
-               view_.spec.head_dim, x);
-  }
-
- private:
-  const std::uint8_t* block(std::int64_t token) const {
-    return view_.bytes + layout_.blocks_offset +
-           token / view_.spec.block_tokens() * view_.spec.block_bytes(layout_.heads);
-  }
-
-  const grouped_view& view_;
-  const grouped_layout& layout_;
-  std::int64_t head_;
-};
-
-/// Channels of a run that has one group at a given token.
-inline int group_run(const grouped_spec& spec) {
-  return spec.axis == group_axis::channel ? 1 : spec.axis == group_axis::vector ? spec.group : spec.head_dim;
-}
-
-/// scores[t] = q . x^[t] for all tokens of a KV head.
-inline void grouped_scores(const grouped_view& view, const grouped_layout& layout, std::int64_t head, const float* q,
-                           double* scores) {
-  const grouped_spec& spec = view.spec;
+/// scores[t] = q . x^[t] for all tokens of the head that `read` reads.
+template <class Reader>
+void head_scores(const Reader& read, const float* q, double* scores) {
+  const grouped_spec& spec = read.spec();
+  const std::int64_t coded = read.coded_tokens();
   const int dim = spec.head_dim, run = group_run(spec);
-  const grouped_reader read(view, layout, head);
   float basis[max_head_dim], x[max_head_dim];
   packkv::detail::transform_forward(spec.transform, nullptr, dim, q, basis);
   double offset = 0.0;
-  for (int c = 0; c < dim; ++c) offset += static_cast<double>(q[c]) * read.mean(c);
+  for (int c = 0; c < dim; ++c) offset += static_cast<double>(q[c]) * static_cast<double>(read.mean(c));
 
   if (spec.axis == group_axis::channel) {  // steps fold into q, once per group of tokens
     double folded[max_head_dim];
-    for (std::int64_t first = 0; first < layout.coded_tokens; first += spec.group) {
+    for (std::int64_t first = 0; first < coded; first += spec.group) {
       double zero = offset;
       for (int c = 0; c < dim; ++c) {
         const packkv::detail::group_values g = read.group(first, c);
@@ -115,7 +41,7 @@ inline void grouped_scores(const grouped_view& view, const grouped_layout& layou
       }
     }
   } else {  // steps multiply partial scores
-    for (std::int64_t t = 0; t < layout.coded_tokens; ++t) {
+    for (std::int64_t t = 0; t < coded; ++t) {
       scores[t] = offset;
       for (int first = 0; first < dim; first += run) {
         const packkv::detail::group_values g = read.group(t, first);
@@ -128,19 +54,18 @@ inline void grouped_scores(const grouped_view& view, const grouped_layout& layou
       }
     }
   }
-  for (std::int64_t t = layout.coded_tokens; t < layout.tokens; ++t) {
+  for (std::int64_t t = coded; t < read.tokens(); ++t) {
     read.tail(t, x);
     scores[t] = dot(q, x, dim);
   }
 }
 
 /// out[c] = sum over t < count of weights[t] * x^[t, c]. Tokens at or past `count` are not read.
-inline void grouped_sum(const grouped_view& view, const grouped_layout& layout, std::int64_t head,
-                        const double* weights, std::int64_t count, double* out) {
-  const grouped_spec& spec = view.spec;
+template <class Reader>
+void head_sum(const Reader& read, const double* weights, std::int64_t count, double* out) {
+  const grouped_spec& spec = read.spec();
   const int dim = spec.head_dim, run = group_run(spec);
-  const grouped_reader read(view, layout, head);
-  const std::int64_t coded = min_of(count, layout.coded_tokens);
+  const std::int64_t coded = min_of(count, read.coded_tokens());
   double sum[max_head_dim] = {}, total = 0.0;
   for (std::int64_t t = 0; t < coded; ++t) total += weights[t];
 
@@ -172,31 +97,29 @@ inline void grouped_sum(const grouped_view& view, const grouped_layout& layout, 
     packkv::detail::transform_inverse(spec.transform, nullptr, dim, basis, x);
     for (int c = 0; c < dim; ++c) sum[c] = static_cast<double>(x[c]);
   }
-  for (int c = 0; c < dim; ++c) out[c] = sum[c] + total * read.mean(c);
+  for (int c = 0; c < dim; ++c) out[c] = sum[c] + total * static_cast<double>(read.mean(c));
   for (std::int64_t t = coded; t < count; ++t) {
     read.tail(t, x);
     for (int c = 0; c < dim; ++c) out[c] += weights[t] * static_cast<double>(x[c]);
   }
 }
 
-}  // namespace detail
-
-/// scores[h, i, t] = scale * q[h, i, :] . x^[h / group, t, :]. queries [query_heads, n, head_dim], query_heads a
-/// multiple of the coded heads; scores [query_heads, n, tokens].
-inline status grouped_key_gemv(const input_view<3>& queries, const grouped_view& keys, float scale,
-                               const output_view<3>& scores) {
+/// The calls below for a side of any format; `side` is memory for what open_side makes of a view.
+template <class View, class Side>
+status key_gemv_on(const input_view<3>& queries, const View& keys, float scale, const output_view<3>& scores,
+                   Side& side) {
   using namespace packkv::detail;
-  grouped_layout layout;
-  if (const status s = detail::check_grouped_view(keys, layout); !s) return s;
-  if (const status s = detail::check_grouped_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
-  if (const status s = detail::check_grouped_output(scores, queries, keys.tokens); !s) return s;
+  if (const status s = open_side(keys, side); !s) return s;
+  const int dim = side.groups().head_dim;
+  if (const status s = check_sequence_operand(queries, keys.heads, dim); !s) return s;
+  if (const status s = check_sequence_output(scores, queries, keys.tokens); !s) return s;
   const std::int64_t group = queries.extent[0] / keys.heads;
   std::vector<double> row(static_cast<std::size_t>(keys.tokens));
   float q[max_head_dim];
   for (std::int64_t h = 0; h < queries.extent[0]; ++h)
     for (std::int64_t i = 0; i < queries.extent[1]; ++i) {
-      detail::load_token(address(queries, h, i, 0), queries.stride[2], queries.type, keys.spec.head_dim, q);
-      detail::grouped_scores(keys, layout, h / group, q, row.data());
+      load_token(address(queries, h, i, 0), queries.stride[2], queries.type, dim, q);
+      head_scores(side.read(h / group), q, row.data());
       for (std::int64_t t = 0; t < keys.tokens; ++t)
         store_element(address(scores, h, i, t), scores.type,
                       static_cast<float>(static_cast<double>(scale) * row[static_cast<std::size_t>(t)]));
@@ -204,14 +127,13 @@ inline status grouped_key_gemv(const input_view<3>& queries, const grouped_view&
   return {};
 }
 
-/// out[h, i, :] = sum over t of weights[h, i, t] * x^[h / group, t, :]. weights [query_heads, n, tokens],
-/// out [query_heads, n, head_dim].
-inline status grouped_value_gemv(const input_view<3>& weights, const grouped_view& values, const output_view<3>& out) {
+template <class View, class Side>
+status value_gemv_on(const input_view<3>& weights, const View& values, const output_view<3>& out, Side& side) {
   using namespace packkv::detail;
-  grouped_layout layout;
-  if (const status s = detail::check_grouped_view(values, layout); !s) return s;
-  if (const status s = detail::check_grouped_operand(weights, values.heads, values.tokens); !s) return s;
-  if (const status s = detail::check_grouped_output(out, weights, values.spec.head_dim); !s) return s;
+  if (const status s = open_side(values, side); !s) return s;
+  const int dim = side.groups().head_dim;
+  if (const status s = check_sequence_operand(weights, values.heads, values.tokens); !s) return s;
+  if (const status s = check_sequence_output(out, weights, dim); !s) return s;
   const std::int64_t group = weights.extent[0] / values.heads;
   std::vector<double> row(static_cast<std::size_t>(values.tokens));
   double sum[max_head_dim];
@@ -219,37 +141,33 @@ inline status grouped_value_gemv(const input_view<3>& weights, const grouped_vie
     for (std::int64_t i = 0; i < weights.extent[1]; ++i) {
       for (std::int64_t t = 0; t < values.tokens; ++t)
         row[static_cast<std::size_t>(t)] = load_element(address(weights, h, i, t), weights.type);
-      detail::grouped_sum(values, layout, h / group, row.data(), values.tokens, sum);
-      for (int c = 0; c < values.spec.head_dim; ++c)
-        store_element(address(out, h, i, c), out.type, static_cast<float>(sum[c]));
+      head_sum(side.read(h / group), row.data(), values.tokens, sum);
+      for (int c = 0; c < dim; ++c) store_element(address(out, h, i, c), out.type, static_cast<float>(sum[c]));
     }
   return {};
 }
 
-/// softmax(scale * q.K^T) V on the stored bytes. queries [query_heads, n, D_k] are the last n positions: query i sees
-/// the tokens 0 .. tokens - n + i. out [query_heads, n, D_v].
-inline status grouped_attention(const input_view<3>& queries, const grouped_view& keys, const grouped_view& values,
-                                float scale, const output_view<3>& out) {
+template <class View, class Side>
+status attention_on(const input_view<3>& queries, const View& keys, const View& values, float scale,
+                    const output_view<3>& out, Side& key_side, Side& value_side) {
   using namespace packkv::detail;
-  grouped_layout key_layout, value_layout;
-  if (const status s = detail::check_grouped_view(keys, key_layout); !s) return s;
-  if (const status s = detail::check_grouped_view(values, value_layout); !s) return s;
+  if (const status s = open_side(keys, key_side); !s) return s;
+  if (const status s = open_side(values, value_side); !s) return s;
   if (keys.heads != values.heads || keys.tokens != values.tokens)
     return refuse(status_code::shape_mismatch, "K and V disagree about heads or tokens");
-  if (const status s = detail::check_grouped_operand(queries, keys.heads, keys.spec.head_dim); !s) return s;
-  if (const status s = detail::check_grouped_output(out, queries, values.spec.head_dim); !s) return s;
+  const int key_dim = key_side.groups().head_dim, value_dim = value_side.groups().head_dim;
+  if (const status s = check_sequence_operand(queries, keys.heads, key_dim); !s) return s;
+  if (const status s = check_sequence_output(out, queries, value_dim); !s) return s;
   const std::int64_t n = queries.extent[1], group = queries.extent[0] / keys.heads;
-  if (n > keys.tokens) return refuse(status_code::shape_mismatch, "there are more queries than tokens", n);
-  if (!(scale > 0.0f) || !is_finite(scale))
-    return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
+  if (const status s = check_sequence_queries(n, keys.tokens, scale); !s) return s;
   std::vector<double> row(static_cast<std::size_t>(keys.tokens));
   float q[max_head_dim];
   double sum[max_head_dim];
   for (std::int64_t h = 0; h < queries.extent[0]; ++h)
     for (std::int64_t i = 0; i < n; ++i) {
       const std::int64_t visible = keys.tokens - n + i + 1;
-      detail::load_token(address(queries, h, i, 0), queries.stride[2], queries.type, keys.spec.head_dim, q);
-      detail::grouped_scores(keys, key_layout, h / group, q, row.data());
+      load_token(address(queries, h, i, 0), queries.stride[2], queries.type, key_dim, q);
+      head_scores(key_side.read(h / group), q, row.data());
       double top = -INFINITY, total = 0.0;
       for (std::int64_t t = 0; t < visible; ++t) {
         double& s = row[static_cast<std::size_t>(t)];
@@ -260,11 +178,36 @@ inline status grouped_attention(const input_view<3>& queries, const grouped_view
         double& s = row[static_cast<std::size_t>(t)];
         total += s = std::exp(s - top);
       }
-      detail::grouped_sum(values, value_layout, h / group, row.data(), visible, sum);
-      for (int c = 0; c < values.spec.head_dim; ++c)
+      head_sum(value_side.read(h / group), row.data(), visible, sum);
+      for (int c = 0; c < value_dim; ++c)
         store_element(address(out, h, i, c), out.type, static_cast<float>(sum[c] / total));
     }
   return {};
+}
+
+}  // namespace detail
+
+/// scores[h, i, t] = scale * q[h, i, :] . x^[h / group, t, :]. queries [query_heads, n, head_dim], query_heads a
+/// multiple of the coded heads; scores [query_heads, n, tokens].
+inline status grouped_key_gemv(const input_view<3>& queries, const grouped_view& keys, float scale,
+                               const output_view<3>& scores) {
+  detail::grouped_side side;
+  return detail::key_gemv_on(queries, keys, scale, scores, side);
+}
+
+/// out[h, i, :] = sum over t of weights[h, i, t] * x^[h / group, t, :]. weights [query_heads, n, tokens],
+/// out [query_heads, n, head_dim].
+inline status grouped_value_gemv(const input_view<3>& weights, const grouped_view& values, const output_view<3>& out) {
+  detail::grouped_side side;
+  return detail::value_gemv_on(weights, values, out, side);
+}
+
+/// softmax(scale * q.K^T) V on the stored bytes. queries [query_heads, n, D_k] are the last n positions: query i sees
+/// the tokens 0 .. tokens - n + i. out [query_heads, n, D_v].
+inline status grouped_attention(const input_view<3>& queries, const grouped_view& keys, const grouped_view& values,
+                                float scale, const output_view<3>& out) {
+  detail::grouped_side key_side, value_side;
+  return detail::attention_on(queries, keys, values, scale, out, key_side, value_side);
 }
 
 }  // namespace packkv::reference

@@ -14,16 +14,6 @@
 
 namespace packkv::reference::detail {
 
-/// Bits of a 16-bit element as an integer that orders as the numbers do (-0 before +0), and back.
-inline std::int16_t ordered_bits(std::uint16_t bits) {
-  const std::int16_t x = static_cast<std::int16_t>(bits);
-  return static_cast<std::int16_t>(x ^ ((x >> 15) & 0x7fff));
-}
-inline std::uint16_t element_bits(std::int16_t ordered) {
-  const std::uint16_t bits = static_cast<std::uint16_t>(ordered ^ ((ordered >> 15) & 0x7fff));
-  return bits == 0x8000u ? std::uint16_t{0} : bits;  // both zeros are stored as +0
-}
-
 /// half_to_float of finite halves, without branches.
 inline float finite_half_to_float(std::uint16_t bits) {
   const std::int32_t magnitude = bits & 0x7fff;
@@ -112,9 +102,7 @@ class block_quantizer {
   }
 
   status make_step(std::size_t i, pack_range& range) {
-    // Infinities and NaNs lie beyond the finite elements on both sides.
-    const std::int16_t largest = format_.element == dtype::float16 ? 0x7bff : 0x7f7f;
-    if (high_[i] > largest || low_[i] < -largest - 1)
+    if (!are_finite_bits(format_.element, low_[i], high_[i]))
       return refuse(status_code::invalid_argument, "an element to be packed is not finite");
     range = {element_bits(low_[i]), element_bits(high_[i])};
     const float low = range_value(format_.element, range.low), high = range_value(format_.element, range.high);

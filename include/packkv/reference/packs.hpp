@@ -59,7 +59,8 @@ class pack_encoder {
     codes_.assign(static_cast<std::size_t>(stride_) * tile_tokens, 0);
   }
 
-  status add_block(const input_view<4>& keys, const input_view<4>& values, std::int64_t block, std::uint8_t* order) {
+  /// Quantises a block and gives its order.
+  status order_block(const input_view<4>& keys, const input_view<4>& values, std::int64_t block, std::uint8_t* order) {
     for (const side which : {side::key, side::value})
       for (int b = 0; b < format_.batch; ++b) {
         const int s = static_cast<int>(which);
@@ -69,6 +70,12 @@ class pack_encoder {
         if (!result) return result;
       }
     order_tokens(format_.order, format_.pack_size, {codes_.data(), stride_, channels_, first_value_}, order);
+    return {};
+  }
+
+  /// Appends the tiles of a block to `out`.
+  status add_block(const input_view<4>& keys, const input_view<4>& values, std::int64_t block, std::uint8_t* order) {
+    if (const status s = order_block(keys, values, block, order); !s) return s;
     for (const side which : {side::key, side::value}) add_tiles(which, order);
     return {};
   }
@@ -146,6 +153,22 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
     (which == side::key ? report.key : report.value) = packs.statistics;
   }
   if (order != nullptr) detail::copy_out(orders, order);
+  return {};
+}
+
+/// The order of compress alone: uint8 [blocks][64], the token of each slot. The greedy order of a compress on a GPU comes
+/// from here. keys, values, blocks and the reasons to refuse are those of compress.
+inline status token_orders(const pack_format& f, const input_view<4>& keys, const input_view<4>& values,
+                           std::int64_t blocks, std::uint8_t* order) {
+  using namespace packkv::detail;
+  if (const status s = check_pack_tensors(f, keys, values, blocks); !s) return s;
+  if (keys.type != f.element || values.type != f.element)
+    return refuse(status_code::invalid_argument, "keys and values must have the format's element type");
+  if (order == nullptr && blocks > 0) return refuse(status_code::invalid_argument, "the order of tokens is null");
+  detail::pack_encoder encoder(f);
+  for (std::int64_t block = 0; block < blocks; ++block)
+    if (const status s = encoder.order_block(keys, values, block, order + block * tile_tokens); !s)
+      return refuse(s.code, s.message, block);
   return {};
 }
 

@@ -36,16 +36,40 @@ struct value_sum {
       const float row = spec.kind == codec_kind::plan ? row_scale(spec, tile, lane_id() + 32 * j) : 1.0f;
       for (int r = 0; r < Rows; ++r) scaled[j][r] = weights[j][r] == 0.0f ? 0.0f : weights[j][r] * row;
     }
-    add_tokens(scaled, [&](int token, int c) { return element(spec, tile, token, c); });
+    add_tokens(scaled, [&](int token, float(&x)[HeadDim / 32]) {
+      for (int i = 0; i < HeadDim / 32; ++i) x[i] = element(spec, tile, token, lane_id() + 32 * i);
+    });
   }
 
   /// Adds up to 64 tokens that lie in 16 bits outside the tiles; value(token) is the address of a token's channels.
   template <class ValueAddress>
   __device__ void add_raw(ValueAddress&& value, std::int64_t channel_stride, dtype type,
                           const float (&weights)[2][Rows]) {
-    add_tokens(weights, [&](int token, int c) {
-      return detail::load_element(static_cast<const char*>(value(token)) + c * channel_stride, type);
+    add_tokens(weights, [&](int token, float(&x)[HeadDim / 32]) {
+      const char* const channels = static_cast<const char*>(value(token));
+      for (int i = 0; i < HeadDim / 32; ++i)
+        x[i] = detail::load_element(channels + (detail::lane_id() + 32 * i) * channel_stride, type);
     });
+  }
+
+  /// Adds up to 64 tokens; weights[j][r] belong to token lane + 32 * j. load(token, x) gives a token's channels lane,
+  /// lane + 32, ... to all lanes at once; it is called in ascending order for the tokens that have a weight.
+  template <class Load>
+  __device__ void add_tokens(const float (&weights)[2][Rows], Load&& load) {
+    for (int j = 0; j < 2; ++j)
+      for (int lane = 0; lane < detail::warp_threads; ++lane) {
+        float w[Rows];
+        bool used = false;
+        for (int r = 0; r < Rows; ++r) {
+          w[r] = detail::shuffle(weights[j][r], lane);
+          used = used || w[r] != 0.0f;
+        }
+        if (!used) continue;  // the same in all lanes
+        float x[HeadDim / 32];
+        load(lane + 32 * j, x);
+        for (int i = 0; i < HeadDim / 32; ++i)
+          for (int r = 0; r < Rows; ++r) channel[r][i] = w[r] != 0.0f ? fmaf(w[r], x[i], channel[r][i]) : channel[r][i];
+      }
   }
 
   /// Applies columns, inverse basis and offset to one row of sums `y` (lane l: channels l, l + 32, ...) whose weights
@@ -64,24 +88,6 @@ struct value_sum {
   }
 
  private:
-  template <class Element>
-  __device__ void add_tokens(const float (&weights)[2][Rows], Element&& element_of) {
-    for (int j = 0; j < 2; ++j)
-      for (int lane = 0; lane < detail::warp_threads; ++lane) {
-        float w[Rows];
-        bool used = false;
-        for (int r = 0; r < Rows; ++r) {
-          w[r] = detail::shuffle(weights[j][r], lane);
-          used = used || w[r] != 0.0f;
-        }
-        if (!used) continue;  // the same in all lanes
-        for (int i = 0; i < HeadDim / 32; ++i) {
-          const float x = element_of(lane + 32 * j, detail::lane_id() + 32 * i);
-          for (int r = 0; r < Rows; ++r) channel[r][i] = w[r] != 0.0f ? fmaf(w[r], x, channel[r][i]) : channel[r][i];
-        }
-      }
-  }
-
   /// A stored element before its row and column scales.
   __device__ static float element(const codec_spec& spec, const std::uint8_t* tile, int token, int c) {
     if (spec.kind != codec_kind::plan) return stored_element(spec.kind, tile, token * HeadDim + c);

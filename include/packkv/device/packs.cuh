@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device-wide compress into PackKV's packs. Definition: reference/packs.hpp; same bytes.
+//   status s = packkv::compress(format, keys, values, coded_blocks(tokens), key_packs, value_packs, order,
+//   exec{stream});
+#pragma once
+
+#include <packkv/codec/pack_checks.hpp>
+#include <packkv/device/exec.cuh>
+#include <packkv/kernel/offset_scan.cuh>
+#include <packkv/kernel/packs.cuh>
+
+namespace packkv {
+
+/// The orders of tokens that a compress into packs reads or writes: device uint8 [blocks][64], the token of each slot.
+struct pack_order {
+  const std::uint8_t* given = nullptr;  ///< token_order::greedy reads it (reference::token_orders makes it); else null
+  std::uint8_t* computed = nullptr;     ///< median writes it and needs it, none writes it unless null; greedy: null
+};
+
+namespace detail {
+
+inline constexpr int pack_threads = kernel::pack_warps * warp_threads;
+
+inline status check_pack_order(const pack_format& f, std::int64_t blocks, const pack_order& order) {
+  if (f.order == token_order::greedy) {
+    if (order.computed != nullptr)
+      return refuse(status_code::invalid_argument, "the greedy order is an input: pack_order::computed must be null");
+    if (order.given == nullptr && blocks > 0)
+      return refuse(status_code::invalid_argument,
+                    "the greedy order is computed on the CPU (reference::token_orders): pack_order::given is null");
+    return {};
+  }
+  if (order.given != nullptr)
+    return refuse(status_code::invalid_argument, "only the greedy order is given: pack_order::given must be null");
+  if (f.order == token_order::median && order.computed == nullptr && blocks > 0)
+    return refuse(status_code::invalid_argument, "the median order is kept in pack_order::computed, which is null");
+  return {};
+}
+
+/// Ranges of one side, in the order of tokens.
+inline status find_pack_ranges(const kernel::pack_args& a, cudaStream_t stream) {
+  const std::int64_t groups = a.blocks * a.format.batch * range_count(a.format, a.which);
+  return launch(kernel::find_pack_ranges<kernel::pack_warps>,
+                grid_for(ceil_div<std::int64_t>(groups, kernel::pack_warps)), pack_threads, stream, a);
+}
+
+/// The order of the blocks, if there is one to compute or to check; `a` is the V side.
+inline status find_pack_order(const kernel::pack_args& a, const pack_order& order, cudaStream_t stream) {
+  if (order.computed != nullptr)
+    return launch(kernel::order_packs<kernel::pack_warps>, grid_for(a.blocks), pack_threads, stream, a, order.computed);
+  if (order.given != nullptr)
+    return launch(kernel::check_pack_order<kernel::pack_warps>,
+                  grid_for(ceil_div<std::int64_t>(a.blocks, kernel::pack_warps)), pack_threads, stream, a);
+  return {};
+}
+
+/// Tiles and offsets of one side, whose ranges are in the order of tokens before and in that of slots after it.
+inline status write_packs(const kernel::pack_args& a, cudaStream_t stream) {
+  const pack_granularity g = a.format.codec(a.which).granularity;
+  const std::int64_t tiles = tile_count(a.format, a.blocks);
+  if (a.order != nullptr && tiles > 0 && (g == pack_granularity::token || g == pack_granularity::vector)) {
+    const std::int64_t rows = a.blocks * a.format.batch * range_count(a.format, a.which) / tile_tokens;
+    if (const status s = launch(kernel::move_pack_ranges<kernel::pack_warps>,
+                                grid_for(ceil_div<std::int64_t>(rows, kernel::pack_warps)), pack_threads, stream, a);
+        !s)
+      return s;
+  }
+  const block_size threads(pack_threads, tile_tokens * a.format.codec(a.which).head_dim);
+  if (tiles > 0)
+    if (const status s = launch(kernel::measure_packs<kernel::pack_warps>, grid_for(tiles), threads, stream, a); !s)
+      return s;
+  if (const status s = launch(kernel::scan_offsets<kernel::scan_threads>, dim3(1), kernel::scan_threads, stream,
+                              a.out.offsets, tiles, std::int64_t{0});
+      !s)
+    return s;
+  return tiles > 0 ? launch(kernel::write_packs<kernel::pack_warps>, grid_for(tiles), threads, stream, a) : status{};
+}
+
+}  // namespace detail
+
+/// Codes the first `blocks` * 64 tokens (PackKV's own choice is coded_blocks(tokens)), in stream order; capturable in a
+/// graph. The bytes are those of reference::compress. Uses no workspace.
+/// \param keys,values device memory [batch, kv_heads, tokens, D_k / D_v], float16 or bfloat16 as the format says, any
+///        strides (bytes).
+/// \param key, value where the packs go, in device memory: ranges at 4, offsets at 8, data at 16 bytes. `capacity` is
+/// at
+///        least max_pack_bytes(), because the size of the tiles is known on the device alone: offsets[tile_count()].
+///        Bytes of `data` behind that are left as they were.
+/// \param order the tokens of slots: an input for token_order::greedy, an output for the others.
+/// \return not ok, with nothing launched, for shapes, types, alignments or orders that do not fit; overflow, with the
+///         bytes needed as `detail`, for a capacity below max_pack_bytes().
+/// What reference::compress refuses for its values is coded and reported here:
+/// - report_nonfinite_input, report_scale_overflow: a group with an element that is not finite, or whose range
+/// overflows
+///   a float, has NaN as both ends of its range and codes 0. It reads as NaN, and reference::check_packs refuses it;
+/// - report_code_overflow: codes above 255 become 255, so that the group's largest elements read as too small;
+/// - report_order_invalid: a given order is no permutation; its entries are taken modulo 64.
+inline status compress(const pack_format& f, const input_view<4>& keys, const input_view<4>& values,
+                       std::int64_t blocks, const pack_side& key, const pack_side& value, const pack_order& order,
+                       const exec& e) {
+  if (const status s = detail::check_pack_tensors(f, keys, values, blocks); !s) return s;
+  if (keys.type != f.element || values.type != f.element)
+    return refuse(status_code::invalid_argument, "keys and values must have the format's element type");
+  if (const status s = detail::check_pack_output(key, blocks); !s) return s;
+  if (const status s = detail::check_pack_output(value, blocks); !s) return s;
+  if (const status s = detail::check_pack_order(f, blocks, order); !s) return s;
+  for (const side which : {side::key, side::value})
+    if (const std::int64_t bytes = max_pack_bytes(f, which, blocks);
+        (which == side::key ? key : value).capacity < bytes)
+      return refuse(status_code::overflow, "a capacity is less than max_pack_bytes()", bytes);
+  const std::uint8_t* const slots = order.given != nullptr ? order.given : order.computed;
+  const kernel::pack_args k{f, side::key, keys, key, blocks, slots, e.report};
+  const kernel::pack_args v{f, side::value, values, value, blocks, slots, e.report};
+  if (blocks > 0) {
+    if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
+    if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
+    if (const status s = detail::find_pack_order(v, order, e.stream); !s) return s;
+  }
+  if (const status s = detail::write_packs(k, e.stream); !s) return s;
+  return detail::write_packs(v, e.stream);
+}
+
+}  // namespace packkv
