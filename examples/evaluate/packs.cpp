@@ -3,6 +3,7 @@
 #include "packs.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <packkv/reference/packs.hpp>
@@ -89,6 +90,59 @@ void restore_order(const std::vector<std::uint8_t>& order, std::int64_t heads, s
   }
 }
 
+/// Counts symbols 0..255 in several classes.
+class symbol_counts {
+ public:
+  explicit symbol_counts(int classes) : counts_(static_cast<std::size_t>(classes) * symbols) {}
+  void add(int of_class, int symbol) { ++counts_[static_cast<std::size_t>(of_class) * symbols + symbol]; }
+  /// Bits a symbol needs, on average, from a coder that knows its class and how often the class has each symbol.
+  double entropy() const {
+    double bits = 0.0, all = 0.0;
+    for (auto first = counts_.begin(); first != counts_.end(); first += symbols) {
+      double sum = 0.0;
+      for (auto n = first; n != first + symbols; ++n) {
+        sum += static_cast<double>(*n);
+        if (*n > 0) bits -= static_cast<double>(*n) * std::log2(static_cast<double>(*n));
+      }
+      if (sum > 0.0) bits += sum * std::log2(sum);
+      all += sum;
+    }
+    return all > 0.0 ? bits / all : 16.0;
+  }
+
+ private:
+  static constexpr int symbols = 256;
+  std::vector<std::int64_t> counts_;
+};
+
+/// Entropy of the codes of a channel of a head, and of the fields of packs (code - minimum) of one width at one place.
+void add_entropies(const packkv::pack_format& f, side which, const packkv::const_pack_side& packs, std::int64_t blocks,
+                   const std::string& suffix, coded_cache& out) {
+  const int dim = f.codec(which).head_dim, size = f.pack_size;
+  symbol_counts codes(f.kv_heads * dim), fields(9 * size);
+  std::vector<std::uint8_t> tile(static_cast<std::size_t>(tile_tokens * dim));
+  for (std::int64_t i = 0; i < blocks * f.kv_heads; ++i) {
+    packkv::reference::decode_pack_tile(size, dim, packs.data + packs.offsets[i], tile.data());
+    const int head = static_cast<int>(i % f.kv_heads);
+    for (int c = 0; c < dim; ++c)
+      for (int first = 0; first < tile_tokens; first += size) {
+        const auto code = [&](int j) { return int{tile[static_cast<std::size_t>((first + j) * dim + c)]}; };
+        int low = 255, high = 0;
+        for (int j = 0; j < size; ++j) {
+          low = std::min(low, code(j));
+          high = std::max(high, code(j));
+        }
+        const int width = packkv::bit_length(static_cast<std::uint32_t>(high - low));
+        for (int j = 0; j < size; ++j) {
+          codes.add(head * dim + c, code(j));
+          fields.add(width * size + j, code(j) - low);
+        }
+      }
+  }
+  out.figures.emplace_back("packkv_entropy_bits_" + suffix, codes.entropy());
+  out.figures.emplace_back("packkv_field_entropy_bits_" + suffix, fields.entropy());
+}
+
 outcome encode(const packkv::pack_format& f, const kv_cache& cache, coded_cache& out) {
   const std::int64_t blocks = packkv::coded_blocks(cache.tokens());
   side_memory key(f, side::key, blocks), value(f, side::value, blocks);
@@ -113,6 +167,8 @@ outcome encode(const packkv::pack_format& f, const kv_cache& cache, coded_cache&
                  {"packkv_payload_bits_v", blocks > 0 ? report.value.payload_bits_per_value() : 16.0},
                  {"packkv_published_ratio_k", report.key.published_ratio()},
                  {"packkv_published_ratio_v", report.value.published_ratio()}};
+  add_entropies(f, side::key, key.read(), blocks, "k", out);
+  add_entropies(f, side::value, value.read(), blocks, "v", out);
   return {};
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// evaluate with packkv, against the naive PackKV of pack_naive.hpp: payload, published ratio, honest bits, errors; on
-// random caches, on the sample and, where they are, on caches of other models.
+// evaluate with packkv, against the naive PackKV of pack_naive.hpp: payload, published ratio, entropies, honest bits,
+// errors; on random caches, on the sample and, where they are, on caches of other models.
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -40,11 +40,32 @@ struct setting {
   }
 };
 
+/// How often each symbol occurs in each class; both are small tuples of integers.
+class histogram {
+ public:
+  void add(const naive::integers& of_class, int symbol) { ++counts_[of_class][symbol]; }
+  /// Mean of log2(1 / probability of the symbol in its class).
+  double entropy() const {
+    double bits = 0.0, all = 0.0;
+    for (const auto& [of_class, symbols] : counts_) {
+      double sum = 0.0;
+      for (const auto& [symbol, count] : symbols) sum += count;
+      for (const auto& [symbol, count] : symbols) bits += count * std::log2(sum / count);
+      all += sum;
+    }
+    return bits / all;
+  }
+
+ private:
+  std::map<naive::integers, std::map<int, int>> counts_;
+};
+
 /// Everything that evaluate reports, from loops.
 std::map<std::string, double> expected(const tensor& k, const tensor& v, const tensor& q, const setting& s) {
   const std::int64_t heads = k.extent[0], tokens = k.extent[1];
   const std::int64_t blocks = tokens < 192 ? 0 : (tokens + 64 - tokens % 64 - 192) / 64;
   naive::sizes sizes[2];
+  histogram codes_of_channel[2], fields_of_place[2];
   std::vector<double> coded[2];
   for (int side = 0; side < 2; ++side)
     for (std::int64_t h = 0; h < heads; ++h)
@@ -80,6 +101,14 @@ std::map<std::string, double> expected(const tensor& k, const tensor& v, const t
           naive::integers slots;
           for (const int t : order) slots.push_back(codes[side].code[x[side].at(h, t, c)]);
           sizes[side].add(slots, s.pack);
+          for (std::size_t i = 0; i < slots.size(); ++i) {
+            codes_of_channel[side].add({h, c}, slots[i]);
+            const auto first = slots.begin() + static_cast<std::ptrdiff_t>(i) / s.pack * s.pack;
+            const auto range = std::minmax_element(first, first + s.pack);
+            fields_of_place[side].add(
+                {naive::ceil_log2(*range.second - *range.first + 1), static_cast<int>(i) % s.pack},
+                slots[i] - *range.first);
+          }
         }
   }
   std::map<std::string, double> e;
@@ -88,6 +117,8 @@ std::map<std::string, double> expected(const tensor& k, const tensor& v, const t
     e["packkv_payload_bits" + name] =
         static_cast<double>(sizes[side].payload) / static_cast<double>(sizes[side].values);
     e["packkv_published_ratio" + name] = sizes[side].ratio();
+    e["packkv_entropy_bits" + name] = codes_of_channel[side].entropy();
+    e["packkv_field_entropy_bits" + name] = fields_of_place[side].entropy();
   }
   naive_errors(k, v, q, coded, s.sinks, s.recent, e);
   return e;
@@ -165,7 +196,8 @@ TEST_CASE("evaluate packkv: a cache too short for a block stays 16-bit", "[packs
   REQUIRE(run({f.k_path, f.v_path, f.q_path}, {"--codec", "packkv"}, json));
   CHECK(field(json, "coded_tokens") == 0.0);
   CHECK(field(json, "error_attention") == 0.0);
-  for (const char* name : {"bits_per_value_k", "bits_per_value_v", "total_bits_per_value", "packkv_payload_bits_k"})
+  for (const char* name : {"bits_per_value_k", "bits_per_value_v", "total_bits_per_value", "packkv_payload_bits_k",
+                           "packkv_entropy_bits_k", "packkv_field_entropy_bits_v"})
     CHECK(field(json, name) == 16.0);
   CHECK(field(json, "packkv_published_ratio_v") == 1.0);
 }
