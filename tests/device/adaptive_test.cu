@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <packkv/device/adaptive.cuh>
 #include <packkv/reference/strip_adaptive.hpp>
@@ -114,8 +115,9 @@ TEST_CASE("strip-adaptive: numbers that cannot be coded give the reference's byt
     for (const float bad : {NAN, INFINITY, 3e38f, 1e6f, 0.0f}) {
       const auto spec = pk::make_adaptive(pk::side::key, 64, static_cast<pk::group_axis>(axis), 0.1f);
       tensor_data x = random_sequence(random, pk::dtype::bfloat16, 2, 130, 64);
-      for (const int token : {3, 40, 129})
-        x.host_bits[static_cast<std::size_t>((130 + token) * (x.dim + x.pad) + 5)] = pk::float_to_bfloat16(bad);
+      for (const int token : {3, 40, 129})  // the last lane, too, has to be asked
+        x.host_bits[static_cast<std::size_t>((130 + token) * (x.dim + x.pad) + (std::isnan(bad) ? 63 : 5))] =
+            pk::float_to_bfloat16(bad);
       // Another token of the same block overflows, whatever the first ones do.
       x.host_bits[static_cast<std::size_t>(20 * (x.dim + x.pad) + 9)] = pk::float_to_bfloat16(-3e38f);
       x.device_bits.assign(x.host_bits);
@@ -170,6 +172,75 @@ TEST_CASE("strip-adaptive: sequences of several splits, with and without 16-bit 
   calls.values = &value.x;
   calls.options = {sequence(key.x.device()), sequence(value.x.device()), 70, 40, 300};
   check_sequence_calls<64>(random, key.decoded(), value.decoded(), tokens, 3, calls);
+}
+
+TEST_CASE("strip-adaptive: tokens of one query alone, and of one lane alone") {
+  random_source random(16);
+  const auto make = [&](pk::side which, int head_dim) {
+    return coded_side(pk::make_adaptive(which, head_dim, pk::group_axis::vector, 0.1f),
+                      random_sequence(random, pk::dtype::float16, 1, 65, head_dim), 0);
+  };
+  const coded_side key = make(pk::side::key, 128), value = make(pk::side::value, 64);
+  sequence_calls calls;
+  set_calls(key, value, calls);
+  check_tile_boundary<64>(random, key.decoded(), value.decoded(), calls);
+}
+
+TEST_CASE("strip-adaptive: what lies behind the coded tokens and heads does not reach the coded bytes") {
+  random_source random(17);
+  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+    INFO("axis " << static_cast<int>(axis));
+    const auto spec = pk::make_adaptive(pk::side::key, 64, axis, 0.1f);
+    tensor_data x = random_sequence(random, pk::dtype::float16, 3, 70, 64);
+    const std::int64_t row = x.dim + x.pad;
+    for (std::int64_t i = 0; i < 3 * 70 * row; ++i)  // a third head, and a tail
+      if (i / row >= 2 * 70 || i / row % 70 >= 64) x.host_bits[static_cast<std::size_t>(i)] = 0x7c00;
+    x.device_bits.assign(x.host_bits);
+    auto host = sequence(x.host()), device = sequence(x.device());
+    host.extent[0] = device.extent[0] = 2;
+    pk::adaptive_layout layout;
+    REQUIRE(pk::make_adaptive_layout(spec, 2, 70, 0, layout));
+    aligned_bytes bytes(layout.max_bytes);
+    std::vector<std::int64_t> offsets(3);
+    pk::device_report report{};
+    REQUIRE(pk::reference::encode_adaptive(spec, host, 0, bytes.data(), layout.max_bytes, offsets.data(), report));
+    std::vector<std::uint8_t> expected = bytes.copy();
+    expected.resize(static_cast<std::size_t>(offsets[2]));
+    expected.resize(static_cast<std::size_t>(layout.max_bytes), 0xff);
+    device_array<std::uint8_t> out(expected.size());
+    device_array<std::int64_t> out_offsets(std::vector<std::int64_t>(4, -7));
+    out.poison();
+    device_reporter reporter;
+    REQUIRE(
+        pk::encode_adaptive<64>(spec, device, 0, out.data(), layout.max_bytes, out_offsets.data(), reporter.exec()));
+    offsets.push_back(-7);  // behind the offsets
+    CHECK((out_offsets.host() == offsets));
+    CHECK((out.host() == expected));
+    CHECK(report.flags == 0);
+    CHECK(reporter.read().flags == 0);
+  }
+}
+
+TEST_CASE("strip-adaptive tiles without code words are encoded and read") {
+  random_source random(18);
+  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+    tensor_data x(random, pk::dtype::float16, 1, 2, 128, 64);
+    std::fill(x.host_bits.begin(), x.host_bits.end(), pk::float_to_half(1.5f));
+    x.device_bits.assign(x.host_bits);
+    coded_side side(pk::make_adaptive(pk::side::value, 64, axis, 0.1f), std::move(x), 0);
+    REQUIRE(side.offsets[1] - side.offsets[0] == side.spec.header_bytes() + side.spec.number_bytes());
+    side.check_encoder<64>();
+    tensor_output decoded(pk::dtype::float32, 2, 128, 64);
+    device_reporter reporter;
+    REQUIRE(pk::decode_adaptive<64>(side.gpu(), decoded.device(), reporter.exec()));
+    CHECK(reporter.read().flags == 0);
+    decoded.fetch();
+    int wrong = 0;
+    for (int h = 0; h < 2; ++h)
+      for (int t = 0; t < 128; ++t)
+        for (int c = 0; c < 64; ++c) wrong += decoded.at(h, t, c) == 1.5 ? 0 : 1;
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("strip-adaptive kernels stride over what their grid does not cover") {
@@ -293,6 +364,18 @@ TEST_CASE("damaged strip-adaptive tiles read as NaN, are reported, and nothing o
     header[static_cast<std::size_t>(side.offsets[1])] = static_cast<std::uint8_t>(width);
     INFO("width " << width);
     CHECK(decode(header, side.offsets) == (bytes[static_cast<std::size_t>(side.offsets[1])] == width ? 0 : 1));
+  }
+  {  // the last strip of the last tile, in a tile of the size that such a width would have
+    std::vector<std::uint8_t> header = bytes;
+    std::vector<std::int64_t> offsets = side.offsets;
+    pk::strip_widths widths;
+    widths.count = side.spec.strip_count();
+    for (int i = 0; i < widths.count; ++i) widths.width[i] = header[static_cast<std::size_t>(offsets[2] + i)];
+    widths.width[widths.count - 1] = header[static_cast<std::size_t>(offsets[2] + widths.count - 1)] = 5;
+    offsets[3] = offsets[2] + side.spec.header_bytes() + side.spec.number_bytes() +
+                 pk::make_strips(pk::side::value, 64, widths).words * 4;
+    header.resize(static_cast<std::size_t>(offsets[3]));
+    CHECK(decode(header, offsets) == 1);
   }
   std::vector<std::uint8_t> cut(bytes.begin(), bytes.end() - 16);
   CHECK(decode(cut, side.offsets) == 1);

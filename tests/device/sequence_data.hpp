@@ -138,13 +138,15 @@ inline void draw_options(random_source& random, const tensor_data& keys, const t
 }
 
 /// Runs the calls on random queries and weights and compares with sums in double. `scored` of the tokens are those that
-/// the GEMVs know (all but a tail that they do not take). Bounds follow from float sums of that many terms.
+/// the GEMVs know (all but a tail that they do not take). Bounds follow from float sums of that many terms. `group`
+/// query heads for each KV head and `n` queries, or, where 0, as drawn.
 template <int ValueDim>
 void check_sequence_calls(random_source& random, const decoded_side& keys, const decoded_side& values,
-                          std::int64_t scored, std::int64_t most_queries, const sequence_calls& calls) {
+                          std::int64_t scored, std::int64_t most_queries, const sequence_calls& calls, int group = 0,
+                          std::int64_t n = 0) {
   constexpr double ulp = 0x1p-24;
-  const int group = random.between(1, 5);
-  const std::int64_t n = random.between(1, static_cast<int>(std::min<std::int64_t>(most_queries, 3)));
+  if (group == 0) group = random.between(1, 5);
+  if (n == 0) n = random.between(1, static_cast<int>(std::min<std::int64_t>(most_queries, 3)));
   const std::int64_t heads = keys.heads * group, tokens = keys.tokens;
   const float scale = 1.0f / std::sqrt(static_cast<float>(keys.dim));
   const auto type = random.one_in(2) ? pk::dtype::float16 : pk::dtype::bfloat16;
@@ -177,7 +179,9 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
   const auto seen = [&](std::int64_t i, std::int64_t t) {
     return distance(i, t) >= 0 && (o.window == 0 || distance(i, t) < o.window);
   };
-  const auto raw = [&](std::int64_t i, std::int64_t t) { return seen(i, t) && (t < o.sinks || distance(i, t) < o.recent); };
+  const auto raw = [&](std::int64_t i, std::int64_t t) {
+    return seen(i, t) && (t < o.sinks || distance(i, t) < o.recent);
+  };
   int wrong_scores = 0, wrong_sums = 0, wrong_outputs = 0;
   for (std::int64_t h = 0; h < heads; ++h)
     for (std::int64_t i = 0; i < n; ++i) {
@@ -230,10 +234,12 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
   CHECK(wrong_sums == 0);
   CHECK(wrong_outputs == 0);
   // The gaps between rows are as they were.
-  for (tensor_output* x : {&sums, &out})
-    for (std::int64_t r = 0; r < heads * n; ++r)
-      for (std::int64_t i = values.dim; i < values.dim + x->gap; ++i)
-        CHECK(std::memcmp(x->host_bytes.data() + (r * (values.dim + x->gap) + i) * 4, untouched.data(), 4) == 0);
+  int touched = 0;
+  for (tensor_output* x : {&scores, &sums, &out, &lse})
+    for (std::int64_t r = 0; r < x->heads * x->rows; ++r)
+      for (std::int64_t i = x->length; i < x->length + x->gap; ++i)
+        if (std::memcmp(x->host_bytes.data() + (r * (x->length + x->gap) + i) * 4, untouched.data(), 4) != 0) ++touched;
+  CHECK(touched == 0);
 }
 
 /// Calls over tokens that take several splits refuse a workspace that is null, misaligned or too small, and write
@@ -258,7 +264,8 @@ void check_sequence_workspace(random_source& random, std::int64_t kv_heads, std:
     pk::exec e;
     pk::status_code code;
   };
-  for (const refusal& r : {refusal{null, pk::status_code::invalid_argument}, {odd, pk::status_code::misaligned},
+  for (const refusal& r : {refusal{null, pk::status_code::invalid_argument},
+                           {odd, pk::status_code::misaligned},
                            {small, pk::status_code::workspace_too_small}}) {
     const pk::status value = calls.value_gemv(sequence(w.device()), out.device(), r.e);
     const pk::status attention = calls.attention(sequence(q.device()), 1.0f, out.device(), {}, r.e);
@@ -294,6 +301,18 @@ void check_no_tokens(const sequence_calls& calls) {
   no_queries.extent[1] = no_outputs.extent[1] = 0;
   CHECK(calls.attention(no_queries, 1.0f, no_outputs, {}, pk::exec{}));
   CHECK((out.device_bytes.host() == out.host_bytes));
+}
+
+/// Calls of a format that codes 64 tokens at once over 65 tokens of one KV head: the last one is seen by the last query
+/// alone, which is the last row of its block; and of the tile before it only the last token is in a window of 2.
+template <int ValueDim>
+void check_tile_boundary(random_source& random, const decoded_side& keys, const decoded_side& values,
+                         sequence_calls& calls) {
+  REQUIRE(keys.tokens == 65);
+  check_sequence_calls<ValueDim>(random, keys, values, 65, 2, calls, 3, 2);
+  calls.options.window = 2;
+  check_sequence_calls<ValueDim>(random, keys, values, 65, 1, calls, 1, 1);
+  calls.options.window = 0;
 }
 
 }  // namespace packkv_test
