@@ -35,9 +35,7 @@ struct tensors {
     require(cudaMemset(scores.data(), 0x1c, static_cast<std::size_t>(query_heads * n) * 4));  // tiny weights
     require(pk::initialize_workspace(exec()));
   }
-  pk::exec exec() const {
-    return {nullptr, workspace.data(), static_cast<std::size_t>(workspace_bytes), nullptr};
-  }
+  pk::exec exec() const { return {nullptr, workspace.data(), static_cast<std::size_t>(workspace_bytes), nullptr}; }
   pk::input_view<3> side(int which) const {
     return pk::make_input<3>(data.data() + which * heads * tokens * dim, pk::dtype::float16, {heads, tokens, dim});
   }
@@ -85,12 +83,8 @@ struct grouped_copy {
   void decompress() {
     for (const pk::grouped_view& v : view) require(pk::decode_grouped<dim>(v, x.decoded_view(), x.exec()));
   }
-  void key_gemv() {
-    require(pk::grouped_key_gemv<dim>(x.queries(), view[0], scale, x.scores_out(x.tokens), x.exec()));
-  }
-  void value_gemv() {
-    require(pk::grouped_value_gemv<dim>(x.weights(x.tokens), view[1], x.outputs(), x.exec()));
-  }
+  void key_gemv() { require(pk::grouped_key_gemv<dim>(x.queries(), view[0], scale, x.scores_out(x.tokens), x.exec())); }
+  void value_gemv() { require(pk::grouped_value_gemv<dim>(x.weights(x.tokens), view[1], x.outputs(), x.exec())); }
   void attention() {
     require((pk::grouped_attention<dim, dim>(x.queries(), view[0], view[1], scale, x.outputs(), {}, x.exec())));
   }
@@ -124,7 +118,9 @@ struct pack_copy {
     }
   }
   pk::packs_view view() const {
-    const auto read = [](const pk::pack_side& s) { return pk::const_pack_side{s.ranges, s.offsets, s.data, s.capacity}; };
+    const auto read = [](const pk::pack_side& s) {
+      return pk::const_pack_side{s.ranges, s.offsets, s.data, s.capacity};
+    };
     return {read(sides[0]), read(sides[1]), blocks};
   }
   static pk::input_view<3> without_queries(const pk::input_view<3>& v) {  // [heads, 1, n] as [1, heads, n]
@@ -196,9 +192,9 @@ void add(const char* name, const Format&... format) {
     const char* name;
     void (Copy::*call)();
   };
-  for (const named n : {named{"encode", &Copy::encode}, named{"decompress", &Copy::decompress},
-                        named{"key_gemv", &Copy::key_gemv}, named{"value_gemv", &Copy::value_gemv},
-                        named{"attention", &Copy::attention}})
+  for (const named n :
+       {named{"encode", &Copy::encode}, named{"decompress", &Copy::decompress}, named{"key_gemv", &Copy::key_gemv},
+        named{"value_gemv", &Copy::value_gemv}, named{"attention", &Copy::attention}})
     benchmark::RegisterBenchmark((std::string(n.name) + "/" + name).c_str(),
                                  [=](benchmark::State& state) {
                                    const tensors x(state.range(0));
@@ -215,8 +211,7 @@ void add(const char* name, const Format&... format) {
 
 int main(int argc, char** argv) {
   add<grouped_copy>("kivi2", pk::kivi_keys(dim, 2), pk::kivi_values(dim, 2));
-  add<grouped_copy>("channel4_hadamard4",
-                    pk::make_grouped(pk::side::key, dim, pk::group_axis::channel, 64, 4),
+  add<grouped_copy>("channel4_hadamard4", pk::make_grouped(pk::side::key, dim, pk::group_axis::channel, 64, 4),
                     pk::make_grouped(pk::side::value, dim, pk::group_axis::vector, dim, 4, pk::step_rule::min_max,
                                      pk::transform_kind::hadamard));
   add<grouped_copy>("token4", pk::make_grouped(pk::side::key, dim, pk::group_axis::token, 0, 4),

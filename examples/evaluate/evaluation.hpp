@@ -28,8 +28,8 @@ struct result {
 
 /// Fills the sizes of a result from shapes alone.
 void count_bytes(const kv_cache& cache, const coding& codec, const attention_rules& rules, result& r);
-/// The same for a cache that has been coded as a whole. Its own 16-bit tokens, and sinks and ring as far as they are not
-/// among these, are in the total. Where nothing is coded, values have 16 bits.
+/// The same for a cache that has been coded as a whole. Its own 16-bit tokens, and sinks and ring as far as they are
+/// not among these, are in the total. Where nothing is coded, values have 16 bits.
 void count_bytes(const kv_cache& cache, const coded_cache& coded, const attention_rules& rules, result& r);
 
 /// Evaluates codecs on one cache. The reference is computed on the CPU in double, whatever the device.
@@ -38,8 +38,8 @@ class evaluator {
   /// `cache` must outlive the evaluator.
   evaluator(const kv_cache& cache, const attention_rules& rules, int threads)
       : cache_(cache), rules_(rules), threads_(threads) {}
-  /// From now on attention on coded tiles runs on this GPU. What it does not support is an error if `required`, else the
-  /// CPU's.
+  /// From now on attention on coded tiles runs on this GPU. What it does not support is an error if `required`, else
+  /// the CPU's.
   void use_gpu(const std::string& name, bool required) {
     gpu_name_ = name;
     gpu_required_ = required;
@@ -60,7 +60,7 @@ class evaluator {
   const kv_cache& cache_;
   attention_rules rules_;
   int threads_;
-  std::string gpu_name_;          ///< empty: CPU
+  std::string gpu_name_;  ///< empty: CPU
   bool gpu_required_ = false;
   std::vector<float> reference_;  ///< exact outputs [query_heads, n, D_v], kept for the GPU's codecs
 };

@@ -4,13 +4,12 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
-
 #include <packkv/codec/pack_format.hpp>
 #include <packkv/codec/pages.hpp>
 #include <packkv/codec/parameters.hpp>
 #include <packkv/codec/strip_adaptive.hpp>
+#include <string>
+#include <vector>
 
 namespace evaluate {
 
@@ -46,8 +45,8 @@ bool gpu_present(std::string& name_or_reason);
 /// Compresses the cache and attends to it. out: [query_heads, n, D_v], resized by the call.
 packkv::status gpu_attention(const gpu_job& job, std::vector<float>& out, packkv::device_report& report);
 
-/// The same for formats of whole caches. Of the grouped and strip-adaptive formats at least the newest `tail` tokens stay
-/// 16-bit; PackKV's first blocks are coded. `unsupported` where the GPU has no such call: the CPU has.
+/// The same for formats of whole caches. Of the grouped and strip-adaptive formats at least the newest `tail` tokens
+/// stay 16-bit; PackKV's first blocks are coded. `unsupported` where the GPU has no such call: the CPU has.
 packkv::status gpu_attention(const gpu_sequence_job& job, const packkv::grouped_spec& key,
                              const packkv::grouped_spec& value, std::int64_t tail, std::vector<float>& out,
                              packkv::device_report& report);

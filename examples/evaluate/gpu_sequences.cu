@@ -156,8 +156,9 @@ pk::status run_packs(const gpu_sequence_job& job, const pk::pack_format& f, std:
   call_memory<HeadDim> m(job, report);
   const std::int64_t blocks = pk::coded_blocks(m.tokens), tail = m.tokens - blocks * pk::tile_tokens;
   if (job.sinks > 0 || job.window > 0 || (job.recent > 0 && job.recent + m.n - 1 > tail))
-    return pk::refuse(pk::status_code::unsupported,
-                      "packs have no order of tokens on the GPU: no sinks, no window, no recent tokens beyond the tail");
+    return pk::refuse(
+        pk::status_code::unsupported,
+        "packs have no order of tokens on the GPU: no sinks, no window, no recent tokens beyond the tail");
   const pack_memory key(m.d, f, pk::side::key, blocks), value(m.d, f, pk::side::value, blocks);
   std::vector<std::uint8_t> order(static_cast<std::size_t>(blocks * pk::tile_tokens));
   if (f.order == pk::token_order::greedy)
@@ -191,11 +192,10 @@ pk::status run_packs(const gpu_sequence_job& job, const pk::pack_format& f, std:
     const device_memory memory = m.d.copy(raw.data(), static_cast<std::int64_t>(raw.size()) * 2);
     if (!m.d.error) return m.d.error;
     const pk::warp::raw_source exact{pk::detail::as_batch(m.on_device(job.keys, memory))};
-    const pk::warp::pack_source coded =
-        pk::detail::pack_side_source(f, job.code_keys ? pk::side::key : pk::side::value, packs,
-                                     job.code_keys ? key_tail : value_tail);
+    const pk::warp::pack_source coded = pk::detail::pack_side_source(f, job.code_keys ? pk::side::key : pk::side::value,
+                                                                     packs, job.code_keys ? key_tail : value_tail);
     s = job.code_keys ? pk::detail::launch_sequence_attention<HeadDim, HeadDim>(coded, exact, queries, m.heads,
-                                                                                 job.scale, to, {}, m.exec())
+                                                                                job.scale, to, {}, m.exec())
                       : pk::detail::launch_sequence_attention<HeadDim, HeadDim>(exact, coded, queries, m.heads,
                                                                                 job.scale, to, {}, m.exec());
     if (s) s = m.read(out, report);  // before the memory goes
@@ -221,16 +221,14 @@ pk::status with_head_dim(const gpu_sequence_job& job, Function&& f) {
 
 pk::status gpu_attention(const gpu_sequence_job& job, const pk::grouped_spec& key, const pk::grouped_spec& value,
                          std::int64_t tail, std::vector<float>& out, pk::device_report& report) {
-  return with_head_dim(job, [&](auto dim) {
-    return run<decltype(dim)::value, pk::grouped_view>(job, key, value, tail, out, report);
-  });
+  return with_head_dim(
+      job, [&](auto dim) { return run<decltype(dim)::value, pk::grouped_view>(job, key, value, tail, out, report); });
 }
 
 pk::status gpu_attention(const gpu_sequence_job& job, const pk::adaptive_spec& key, const pk::adaptive_spec& value,
                          std::int64_t tail, std::vector<float>& out, pk::device_report& report) {
-  return with_head_dim(job, [&](auto dim) {
-    return run<decltype(dim)::value, pk::adaptive_view>(job, key, value, tail, out, report);
-  });
+  return with_head_dim(
+      job, [&](auto dim) { return run<decltype(dim)::value, pk::adaptive_view>(job, key, value, tail, out, report); });
 }
 
 pk::status gpu_attention(const gpu_sequence_job& job, const pk::pack_format& format, std::vector<float>& out,

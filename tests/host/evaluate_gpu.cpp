@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// evaluate on the GPU, where there is one: formats of whole caches are encoded and attended to there, and the errors are
-// those of the CPU.
+// evaluate on the GPU, where there is one: formats of whole caches are encoded and attended to there, and the errors
+// are those of the CPU.
 #include <cmath>
 #include <cstdio>
 #include <evaluate/gpu.hpp>
@@ -48,9 +48,10 @@ TEST_CASE("evaluate: formats of whole caches have the CPU's errors on the GPU", 
   if (skipped()) return;
   const std::string folder = PACKKV_SAMPLE_DATA;
   const cache_paths sample{folder + "/k.npy", folder + "/v.npy", folder + "/q.npy"};
-  for (const char* spec : {"kivi:bits=2", "kivi:bits=4", "channel:bits=3,tokens=64", "channel:bits=2,tokens=128,center_k=1",
-                           "token:bits=4,hadamard=1", "vector:bits=3,steps=gaussian,hadamard=1", "vector:bits=8",
-                           "strip:quant=token,r=0.1", "strip:quant=channel,r=0.05", "strip:quant=vector,r=0.2,hadamard=1"}) {
+  for (const char* spec :
+       {"kivi:bits=2", "kivi:bits=4", "channel:bits=3,tokens=64", "channel:bits=2,tokens=128,center_k=1",
+        "token:bits=4,hadamard=1", "vector:bits=3,steps=gaussian,hadamard=1", "vector:bits=8",
+        "strip:quant=token,r=0.1", "strip:quant=channel,r=0.05", "strip:quant=vector,r=0.2,hadamard=1"}) {
     check_both(sample, {"--codec", spec});
     check_both(sample, {"--codec", spec, "--sinks", "16", "--recent", "150", "--window", "700"});
   }

@@ -36,7 +36,8 @@ struct adaptive_view {
 struct sequence_options {
   input_view<3> keys = {}, values = {};  ///< K [heads, tokens, D_k] and V as they were, where sinks or recent > 0
   std::int64_t sinks = 0;                ///< the first tokens
-  std::int64_t recent = 0;  ///< for each query, the tokens whose distance to it is less: itself and recent - 1 before it
+  std::int64_t recent =
+      0;  ///< for each query, the tokens whose distance to it is less: itself and recent - 1 before it
   std::int64_t window = 0;  ///< a query sees tokens whose distance to it is less; 0: all before it
 };
 

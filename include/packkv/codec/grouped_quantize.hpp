@@ -94,7 +94,8 @@ PACKKV_HOST_DEVICE inline float decode_in(const grouped_spec& spec, group_values
 PACKKV_HOST_DEVICE inline std::uint16_t channel_mean_bits(const input_view<3>& x, std::int64_t head,
                                                           std::int64_t channel, std::int64_t tokens) {
   double sum = 0.0;
-  for (std::int64_t t = 0; t < tokens; ++t) sum += static_cast<double>(load_element(address(x, head, t, channel), x.type));
+  for (std::int64_t t = 0; t < tokens; ++t)
+    sum += static_cast<double>(load_element(address(x, head, t, channel), x.type));
   const std::uint16_t bits =
       tokens > 0 ? float_to_half(static_cast<float>(div_rn(sum, static_cast<double>(tokens)))) : std::uint16_t{0};
   return is_finite_half(bits) ? bits : std::uint16_t{0};

@@ -51,8 +51,7 @@ status sequence_key_gemv(const input_view<3>& queries, const View& keys, float s
 }
 
 template <int HeadDim, class Source, class View>
-status sequence_value_gemv(const input_view<3>& weights, const View& values, const output_view<3>& out,
-                           const exec& e) {
+status sequence_value_gemv(const input_view<3>& weights, const View& values, const output_view<3>& out, const exec& e) {
   Source source;
   if (const status s = make_source(values, HeadDim, source); !s) return s;
   if (const status s = check_sequence_operand(weights, values.heads, values.tokens); !s) return s;
@@ -74,12 +73,8 @@ status sequence_attention(const input_view<3>& queries, const View& keys, const 
   if (const status s = check_sequence_lse(lse, queries); !s) return s;
   if (const status s = check_sequence_queries(queries.extent[1], keys.tokens, scale); !s) return s;
   if (const status s = check_sequence_options(options, keys.heads, keys.tokens, KeyDim, ValueDim); !s) return s;
-  const kernel::sequence_attention_args more{as_batch(lse),
-                                             {as_batch(options.keys)},
-                                             {as_batch(options.values)},
-                                             options.sinks,
-                                             options.recent,
-                                             options.window};
+  const kernel::sequence_attention_args more{as_batch(lse), {as_batch(options.keys)}, {as_batch(options.values)},
+                                             options.sinks, options.recent,           options.window};
   return launch_sequence_attention<KeyDim, ValueDim>(key, value, as_batch(queries), keys.heads, scale, as_batch(out),
                                                      more, e);
 }
@@ -108,14 +103,14 @@ status encode_grouped(const grouped_spec& spec, const input_view<3>& x, std::int
   const auto grid = [](std::int64_t warps) { return grid_for(ceil_div<std::int64_t>(warps, kernel::grouped_warps)); };
   if (a.layout.tail_offset > 0)
     if (const status s = clear(bytes, static_cast<std::size_t>(a.layout.tail_offset), e.stream); !s) return s;
-  if (const status s = launch_means_and_tail(spec, x, a.layout.coded_tokens, bytes, bytes + a.layout.tail_offset,
-                                             e.stream);
+  if (const status s =
+          launch_means_and_tail(spec, x, a.layout.coded_tokens, bytes, bytes + a.layout.tail_offset, e.stream);
       !s)
     return s;
   if (a.layout.blocks == 0) return {};
   if (spec.axis == group_axis::channel)
-    return launch(kernel::encode_token_groups<HeadDim>,
-                  grid(a.layout.heads * a.layout.coded_tokens / spec.group), threads, e.stream, a);
+    return launch(kernel::encode_token_groups<HeadDim>, grid(a.layout.heads * a.layout.coded_tokens / spec.group),
+                  threads, e.stream, a);
   return launch(kernel::encode_channel_groups<HeadDim>,
                 grid(a.layout.coded_tokens * (spec.axis == group_axis::token ? 1 : a.layout.heads)), threads, e.stream,
                 a);
@@ -147,10 +142,10 @@ status grouped_value_gemv(const input_view<3>& weights, const grouped_view& valu
 }
 
 /// softmax(scale * q.K^T) V on the stored bytes, in stream order. K and V may have different specs and `recent`.
-/// \param queries device memory [query_heads, n, KeyDim], the last n positions: query i sees tokens 0 .. tokens - n + i.
-/// \param out [query_heads, n, ValueDim]. \param lse natural logarithm of the sum of exponentials [query_heads, n], or a
-/// null view. \param e workspace of sequence_workspace_bytes, initialised once. \param options sinks, recent tokens and a
-/// window; a window hides tokens of either kind.
+/// \param queries device memory [query_heads, n, KeyDim], the last n positions: query i sees tokens 0 .. tokens - n +
+/// i. \param out [query_heads, n, ValueDim]. \param lse natural logarithm of the sum of exponentials [query_heads, n],
+/// or a null view. \param e workspace of sequence_workspace_bytes, initialised once. \param options sinks, recent
+/// tokens and a window; a window hides tokens of either kind.
 template <int KeyDim, int ValueDim>
 status grouped_attention(const input_view<3>& queries, const grouped_view& keys, const grouped_view& values,
                          float scale, const output_view<3>& out, const output_view<2>& lse, const exec& e,

@@ -78,9 +78,7 @@ status decompress(const pack_format& f, const packs_view& packs, const output_vi
   if (const status s = check_device_packs(f, packs); !s) return s;
   if (const status s = check_pack_dims(f, KeyDim, ValueDim); !s) return s;
   const std::int64_t tokens = packs.blocks * tile_tokens;
-  if (const status s =
-          launch_sequence_decompress<KeyDim>(pack_side_source(f, side::key, packs), keys, tokens, e);
-      !s)
+  if (const status s = launch_sequence_decompress<KeyDim>(pack_side_source(f, side::key, packs), keys, tokens, e); !s)
     return s;
   return launch_sequence_decompress<ValueDim>(pack_side_source(f, side::value, packs), values, tokens, e);
 }
@@ -114,8 +112,8 @@ status value_gemv(const pack_format& f, const packs_view& packs, const input_vie
   return launch_sequence_value_gemv<ValueDim>(pack_side_source(f, side::value, packs), in, f.kv_heads, to, e);
 }
 
-/// softmax(scale * q . K^T) V over all packed tokens and the 16-bit tokens that follow them, in stream order. Query i of
-/// n sees all packed tokens and the first tail - n + 1 + i tokens of the tail (n <= tail; one query sees them all).
+/// softmax(scale * q . K^T) V over all packed tokens and the 16-bit tokens that follow them, in stream order. Query i
+/// of n sees all packed tokens and the first tail - n + 1 + i tokens of the tail (n <= tail; one query sees them all).
 /// \param key_tail device memory [batch, kv_heads, tail, KeyDim], value_tail [.., ValueDim]; queries [batch,
 /// query_heads, n, KeyDim]; out [batch, query_heads, n, ValueDim]; lse [batch, query_heads, n], natural logarithm, may
 /// be a null view. \param e workspace of sequence_workspace_bytes, initialised once.

@@ -20,8 +20,7 @@ namespace detail {
 
 template <int HeadDim, class Source>
 status launch_sequence_decompress(const Source& source, const output_view<4>& out, std::int64_t tokens, const exec& e) {
-  const checked tiles =
-      checked(out.extent[0]) * out.extent[1] * ceil_div<std::int64_t>(tokens, tile_tokens);
+  const checked tiles = checked(out.extent[0]) * out.extent[1] * ceil_div<std::int64_t>(tokens, tile_tokens);
   if (!tiles.valid()) return refuse(status_code::overflow, "more tiles than 63 bits can count");
   if (tiles.value() == 0) return {};
   return launch(kernel::sequence_decompress<HeadDim, Source>,
@@ -82,8 +81,8 @@ status launch_sequence_attention(const KeySource& keys, const ValueSource& value
   if (grid.units == 0) return {};
   if (const status s = check_grid<ValueDim>(grid, e); !s) return s;
   a.scale = scale;
-  return launch(kernel::sequence_attention<KeyDim, ValueDim, KeySource, ValueSource>, grid_for(grid.units * grid.splits),
-                policy::decode_warps * 32, e.stream, keys, values, a, more);
+  return launch(kernel::sequence_attention<KeyDim, ValueDim, KeySource, ValueSource>,
+                grid_for(grid.units * grid.splits), policy::decode_warps * 32, e.stream, keys, values, a, more);
 }
 
 }  // namespace detail

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) adaptive_shared_numbers(co
     const group_numbers n = warp::bounds_of(range.joined());
     if (lane_id() != 0) continue;
     flags |= !finite ? report_nonfinite_input : !n.valid() ? report_scale_overflow : 0u;
-    auto* const block = reinterpret_cast<std::uint16_t*>(a.bytes + a.layout.shared_offset +
-                                                         token / tile_tokens * 4 * tile_tokens);
+    auto* const block =
+        reinterpret_cast<std::uint16_t*>(a.bytes + a.layout.shared_offset + token / tile_tokens * 4 * tile_tokens);
     const int index = group_index(a.spec, static_cast<int>(token % tile_tokens), 0);
     block[index] = n.first;
     block[tile_tokens + index] = n.minimum;
@@ -91,8 +91,8 @@ class adaptive_tile {
       }
       int codes[registers];
       for (int i = 0; i < registers; ++i)
-        codes[i] = static_cast<int>(
-            encode_in(a_.spec, values_of(a_.spec, axis == group_axis::channel ? own_[i] : n), y[i]));
+        codes[i] =
+            static_cast<int>(encode_in(a_.spec, values_of(a_.spec, axis == group_axis::channel ? own_[i] : n), y[i]));
       f(t, n, codes);
     }
   }
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) write_adaptive(const __gri
     }
     maker.for_each_slot([&](int slot, group_numbers n, const int(&codes)[registers]) {
       for (int i = 0; i < registers; ++i) {
-        const code_writes writes = split_code(locate(strips, slot, lane_id() + 32 * i),
-                                              static_cast<std::uint32_t>(codes[i] - base[i]));
+        const code_writes writes =
+            split_code(locate(strips, slot, lane_id() + 32 * i), static_cast<std::uint32_t>(codes[i] - base[i]));
         for (int w = 0; w < writes.count; ++w)
           if (writes.write[w].bits != 0) atomicOr(words + writes.write[w].word, writes.write[w].bits);
       }

@@ -19,8 +19,7 @@ __global__ void __launch_bounds__(Threads)
   const std::int64_t channels = x.extent[0] * x.extent[2];
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < channels;
        i += static_cast<std::int64_t>(gridDim.x) * Threads)
-    reinterpret_cast<std::uint16_t*>(bytes)[i] =
-        detail::channel_mean_bits(x, i / x.extent[2], i % x.extent[2], tokens);
+    reinterpret_cast<std::uint16_t*>(bytes)[i] = detail::channel_mean_bits(x, i / x.extent[2], i % x.extent[2], tokens);
 }
 
 /// The tokens from `first` on as they are, to tail [heads, tokens - first, head_dim].
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(Threads)
   const std::int64_t tokens = x.extent[1] - first, dim = x.extent[2], elements = x.extent[0] * tokens * dim;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < elements;
        i += static_cast<std::int64_t>(gridDim.x) * Threads)
-    reinterpret_cast<std::uint16_t*>(tail)[i] = *static_cast<const std::uint16_t*>(
-        detail::address(x, i / dim / tokens, first + i / dim % tokens, i % dim));
+    reinterpret_cast<std::uint16_t*>(tail)[i] =
+        *static_cast<const std::uint16_t*>(detail::address(x, i / dim / tokens, first + i / dim % tokens, i % dim));
 }
 
 struct grouped_args {
@@ -66,8 +65,8 @@ class group_writer {
   /// Code of y in a group. Tokens share words, so bits are or-ed.
   __device__ void put(detail::group_values v, float y, std::int64_t head, int token, int channel) const {
     auto* words = reinterpret_cast<std::uint32_t*>(block_ + grouped_tile_offset(a_.spec, head, token / tile_tokens));
-    const code_writes writes = split_code(locate(a_.spec.strips, token % tile_tokens, channel),
-                                          detail::encode_in(a_.spec, v, y));
+    const code_writes writes =
+        split_code(locate(a_.spec.strips, token % tile_tokens, channel), detail::encode_in(a_.spec, v, y));
     for (int i = 0; i < writes.count; ++i)
       if (writes.write[i].bits != 0) atomicOr(words + writes.write[i].word, writes.write[i].bits);
   }
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_token_groups(const 
     if (!finite) flags |= report_nonfinite_input;
     for (int t = first; t < first + size; ++t) {
       writer.load(head, t, y);
-      for (int i = 0; i < registers; ++i)
-        writer.put(values_of(a.spec, g[i]), y[i], head, t, lane_id() + 32 * i);
+      for (int i = 0; i < registers; ++i) writer.put(values_of(a.spec, g[i]), y[i], head, t, lane_id() + 32 * i);
     }
   }
   add_report(a.report, flags, 0);
@@ -156,8 +154,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_channel_groups(cons
       for_each([&](std::int64_t, int, float x) { range.add(x); });
       const group_numbers g =
           warp::group_numbers_of(a.spec, range.joined(), static_cast<int>(heads) * size, [&](auto&& term) {
-            return warp::sum_of_lanes(
-                [&](auto&& f) { for_each([&](std::int64_t, int, float x) { f(x); }); }, term);
+            return warp::sum_of_lanes([&](auto&& f) { for_each([&](std::int64_t, int, float x) { f(x); }); }, term);
           });
       if (lane_id() == 0) {
         flags |= !finite ? report_nonfinite_input : !g.valid() ? report_scale_overflow : 0u;

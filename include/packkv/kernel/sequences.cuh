@@ -165,15 +165,15 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
 
 /// What attention needs beside sequence_args.
 struct sequence_attention_args {
-  output_view<3> lse;               ///< natural logarithm, may be null
-  warp::raw_source keys, values;    ///< all tokens in 16 bits, where sinks or recent > 0
-  std::int64_t sinks = 0;           ///< tokens 0 .. sinks - 1 are read there
-  std::int64_t recent = 0;          ///< and those whose distance to the query is less than this
-  std::int64_t window = 0;          ///< tokens at this distance or more are not seen; 0: all are
+  output_view<3> lse;             ///< natural logarithm, may be null
+  warp::raw_source keys, values;  ///< all tokens in 16 bits, where sinks or recent > 0
+  std::int64_t sinks = 0;         ///< tokens 0 .. sinks - 1 are read there
+  std::int64_t recent = 0;        ///< and those whose distance to the query is less than this
+  std::int64_t window = 0;        ///< tokens at this distance or more are not seen; 0: all are
 };
 
-/// out = softmax(scale * in . k^) v^. The queries are the last positions: query i of n stands at token tokens - n + i and
-/// sees no later one. K and V may differ in how many of their tokens are coded.
+/// out = softmax(scale * in . k^) v^. The queries are the last positions: query i of n stands at token tokens - n + i
+/// and sees no later one. K and V may differ in how many of their tokens are coded.
 template <int KeyDim, int ValueDim, class KeySource, class ValueSource>
 __global__ void __launch_bounds__(policy::decode_warps * 32)
     sequence_attention(const __grid_constant__ KeySource keys, const __grid_constant__ ValueSource values,
@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
                             [&](auto& tokens) { scores_type::compute(queries, tokens, count, weights); });
     for (int j = 0; j < 2; ++j)
       for (int r = 0; r < rows; ++r)
-        weights[j][r] =
-            seen(lane_id() + 32 * j, r) ? weights[j][r] * a.scale * 1.4426950408889634f : -infinity();
+        weights[j][r] = seen(lane_id() + 32 * j, r) ? weights[j][r] * a.scale * 1.4426950408889634f : -infinity();
     softmax.weigh(weights, rescale);
     sum.rescale(rescale);
     warp::read_tile<ValueDim>(value, unit.b, unit.head, tile, flags, [&](auto& tokens) {

@@ -3,7 +3,8 @@
 // tail. One idea: an encoder sees blocks of centred, transformed floats; a decoder and the sums see a reader of one
 // head with spec(), tokens(), coded_tokens(), code(token, channel), group(token, channel), mean(channel) and
 // tail(token, x).
-//   load_block(spec, x, bytes, block, y, rows, report);   for_each_group(spec, heads, f);   decode_head(reader, head, x);
+//   load_block(spec, x, bytes, block, y, rows, report);   for_each_group(spec, heads, f);   decode_head(reader, head,
+//   x);
 #pragma once
 
 #include <cstdint>
@@ -78,7 +79,7 @@ inline void store_means_and_tail(const grouped_spec& spec, const input_view<3>& 
 
 /// Which rows (tokens of a head) of a block have finite elements only.
 struct finite_rows {
-  std::int64_t tokens;                ///< of the block
+  std::int64_t tokens;               ///< of the block
   std::vector<std::uint8_t> finite;  ///< [heads, tokens]
 
   finite_rows(const grouped_spec& spec, std::int64_t heads)

@@ -156,8 +156,8 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
   return {};
 }
 
-/// The order of compress alone: uint8 [blocks][64], the token of each slot. The greedy order of a compress on a GPU comes
-/// from here. keys, values, blocks and the reasons to refuse are those of compress.
+/// The order of compress alone: uint8 [blocks][64], the token of each slot. The greedy order of a compress on a GPU
+/// comes from here. keys, values, blocks and the reasons to refuse are those of compress.
 inline status token_orders(const pack_format& f, const input_view<4>& keys, const input_view<4>& values,
                            std::int64_t blocks, std::uint8_t* order) {
   using namespace packkv::detail;

@@ -14,8 +14,8 @@ __device__ inline detail::group_numbers load_numbers(const std::uint8_t* numbers
   return {stored_half(numbers, 2 * index), stored_half(numbers, 2 * (count + index))};
 }
 
-/// One side of one sequence. Tiles whose offsets or headers are damaged read as NaN and set report_tile_damaged; no byte
-/// outside a tile is read.
+/// One side of one sequence. Tiles whose offsets or headers are damaged read as NaN and set report_tile_damaged; no
+/// byte outside a tile is read.
 struct adaptive_source {
   adaptive_spec spec;
   adaptive_layout layout;
@@ -87,7 +87,11 @@ inline status make_source(const adaptive_view& view, int head_dim, adaptive_sour
   adaptive_layout l;
   if (const status s = detail::check_adaptive_view(view, l); !s) return s;
   if (const status s = detail::check_head_dim(view.spec.groups, head_dim); !s) return s;
-  source = {view.spec, l, view.bytes, view.size, view.offsets,
+  source = {view.spec,
+            l,
+            view.bytes,
+            view.size,
+            view.offsets,
             make_input<4>(view.bytes + l.tail_offset, view.tail_type,
                           {1, view.heads, view.tokens - l.coded_tokens, head_dim})};
   return {};

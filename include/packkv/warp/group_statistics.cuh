@@ -60,7 +60,7 @@ __device__ inline double sum_of_own(ForEach&& for_each, Term&& term) {
 /// What a group of `count` elements stores. sum(term) is one of the sums above.
 template <class Sum>
 __device__ inline detail::group_numbers group_numbers_of(const grouped_spec& spec, const extremes& range, int count,
-                                                     Sum&& sum) {
+                                                         Sum&& sum) {
   using namespace packkv::detail;
   if (spec.step == step_rule::min_max) return bounds_of(range);
   if (spec.step == step_rule::gaussian) {

@@ -70,8 +70,9 @@ struct grouped_source {
       for (int i = 0; i < HeadDim / 32; ++i) {
         const int c = lane_id() + 32 * i;
         const group_place at = locate_group(spec, source_.layout.heads, head_, first_ + slot, c);
-        const group_values g = values_of(spec, {stored_half(block_, at.first),
-                                                spec.has_minima() ? stored_half(block_, at.minimum) : std::uint16_t{0}});
+        const group_values g = values_of(
+            spec,
+            {stored_half(block_, at.first), spec.has_minima() ? stored_half(block_, at.minimum) : std::uint16_t{0}});
         x[i] = decode_in(spec, g, read_code(words_, locate(spec.strips, slot, c)));
       }
       to_original_basis<HeadDim>(spec, source_.bytes, head_, x);

@@ -9,13 +9,12 @@
 #include <packkv/codec/pack_format.hpp>
 #include <packkv/codec/pack_quantize.hpp>
 #include <packkv/codec/pages.hpp>
-#include <packkv/codec/transform.hpp>
 #include <packkv/detail/cuda.cuh>
 #include <type_traits>
 
 namespace packkv::warp {
 
-/// One side of a cache in packs, with the 16-bit tokens behind them; an argument of kernels.
+/// One side of a cache in packs, with the 16-bit tokens behind them: a token source, see token_source.cuh.
 struct pack_source {
   pack_format format;
   side which = side::key;
@@ -24,8 +23,6 @@ struct pack_source {
   input_view<4> tail;  ///< [batch, kv_heads, tokens, D] of any element type; may be empty
 
   __host__ __device__ std::int64_t coded_tokens() const { return blocks * tile_tokens; }
-  __host__ __device__ transform_kind transform() const { return transform_kind::identity; }
-  __device__ float mean(int, int) const { return 0.0f; }
 
   template <int HeadDim>
   class reader;

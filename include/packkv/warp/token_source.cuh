@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Token sources: how kernels read formats that code whole sequences, one token at a time, whatever lies in memory.
-// One idea: a warp holds a token as everywhere (lane l: channels l, l + 32, ...), so scores, sums and decompress need to
-// know nothing but how to load it.
+// One idea: a warp holds a token as everywhere (lane l: channels l, l + 32, ...), so scores, sums and decompress need
+// to know nothing but how to load it.
 //   read_tile<D>(source, b, head, tile, flags, [&](auto& tokens) { tokens.load(slot, x); });
 #pragma once
 
-#include <packkv/core/views.hpp>
 #include <packkv/codec/strips.hpp>
+#include <packkv/core/views.hpp>
 #include <packkv/detail/cuda.cuh>
 
 // A token source is a trivially copyable kernel argument, one side of one or more sequences, with
 //   std::int64_t coded_tokens() const   tokens per sequence that are coded, a multiple of 64
 //   input_view<4> tail                  the 16-bit tokens behind them: [batch, kv_heads, tokens, head_dim], any strides
-//   reader<HeadDim>                     of one coded tile: reader(source, b, head, tile, flags), where damaged bytes set
-//                                       report_damaged in every lane, and load(slot, x), which gives channels lane,
-//                                       lane + 32, ... of a token as decompress would, NaN where the bytes are damaged.
-//                                       All lanes take part; slots come in ascending order.
+//   reader<HeadDim>                     of one coded tile; the source must outlive it:
+//     reader(source, b, head, tile, flags)   damaged bytes set report_tile_damaged, in every lane
+//     load(slot, x)                          channels lane, lane + 32, ... of a token as decompress would give them, NaN
+//                                            where the bytes are damaged. All lanes take part; slots ascend.
 
 namespace packkv::warp {
 
