@@ -97,13 +97,13 @@ void for_head_dims(Function&& f) {
 }  // namespace
 
 TEST_CASE("strip-adaptive tiles are encoded on the device to the reference's bytes") {
-  for (int round = 0; round < 2 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds / 2; ++round) {
     const std::uint64_t seed = 500 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
     for_head_dims([&](auto dim) {
       for (const pk::side which : {pk::side::key, pk::side::value})
-        coded_side(random, which, dim, random.between(1, 3), random.between(1, 2 * most_tokens))
+        coded_side(random, which, dim, random.between(1, 3), random.between(1, sequence_tokens))
             .template check_encoder<decltype(dim)::value>();
     });
   }
@@ -129,13 +129,13 @@ TEST_CASE("strip-adaptive: numbers that cannot be coded give the reference's byt
 }
 
 TEST_CASE("strip-adaptive tiles are decoded on the device to the reference's bits") {
-  for (int round = 0; round < 2 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds / 2; ++round) {
     const std::uint64_t seed = 600 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
     for_head_dims([&](auto dim) {
       const coded_side side(random, random.one_in(2) ? pk::side::key : pk::side::value, dim, random.between(1, 3),
-                            random.between(1, 2 * most_tokens));
+                            random.between(1, sequence_tokens));
       tensor_output expected(static_cast<pk::dtype>(random.between(0, 2)), side.x.heads, side.x.tokens, dim);
       REQUIRE(pk::reference::decode_adaptive(side.spec, side.bytes.data(), side.offsets.back(), side.offsets.data(),
                                              side.recent, expected.host(), side.x.type));
@@ -146,11 +146,11 @@ TEST_CASE("strip-adaptive tiles are decoded on the device to the reference's bit
 }
 
 TEST_CASE("strip-adaptive: scores, value sums and attention on the device are those of the decoded elements") {
-  for (int round = 0; round < 2 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds / 2; ++round) {
     const std::uint64_t seed = 700 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
-    const int heads = random.between(1, 2), tokens = random.between(1, 2 * most_tokens);
+    const int heads = random.between(1, 2), tokens = random.between(1, sequence_tokens);
     const coded_side key(random, pk::side::key, 128, heads, tokens), value(random, pk::side::value, 64, heads, tokens);
     sequence_calls calls;
     set_calls(key, value, calls);

@@ -85,12 +85,12 @@ void set_calls(const coded_side& key, const coded_side& value, sequence_calls& c
   };
 }
 
-int random_tokens(random_source& random) { return random.between(1, 2 * most_tokens); }
+int random_tokens(random_source& random) { return random.between(1, sequence_tokens); }
 
 }  // namespace
 
 TEST_CASE("grouped formats are encoded on the device to the reference's bytes") {
-  for (int round = 0; round < 4 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 100 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -141,7 +141,7 @@ TEST_CASE("grouped formats: numbers that cannot be coded give the reference's by
 }
 
 TEST_CASE("grouped formats are decoded on the device to the reference's bits") {
-  for (int round = 0; round < 4 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 200 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -160,7 +160,7 @@ TEST_CASE("grouped formats are decoded on the device to the reference's bits") {
 }
 
 TEST_CASE("grouped formats: scores, value sums and attention on the device agree with the reference") {
-  for (int round = 0; round < 4 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 300 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);

@@ -437,7 +437,7 @@ TEST_CASE("packs are decompressed on the device to the reference's bits, and lat
 }
 
 TEST_CASE("packs of one sequence: scores, value sums and attention on the device are those of the decoded elements") {
-  for (int round = 0; round < 2 * repeats; ++round) {
+  for (int round = 0; round < sequence_rounds / 2; ++round) {
     const std::uint64_t seed = 800 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);

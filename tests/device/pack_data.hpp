@@ -209,7 +209,7 @@ inline std::vector<example> examples() {
 #if defined(PACKKV_SIMT_EXECUTOR)
 inline constexpr int random_examples = 3;
 #else
-inline constexpr int random_examples = 40;
+inline constexpr int random_examples = 12;
 #endif
 
 inline example random_example(random_source& random) {
