@@ -30,6 +30,8 @@ inline tensor load(const std::string& path) {
 inline evaluate::outcome run(const cache_paths& paths, const std::vector<std::string>& extra, std::string& json) {
   std::vector<std::string> arguments = paths.arguments();
   arguments.insert(arguments.end(), extra.begin(), extra.end());
+  if (std::find(extra.begin(), extra.end(), "--device") == extra.end())
+    arguments.insert(arguments.end(), {"--device", "cpu"});  // whose figures are the same on every machine
   arguments.insert(arguments.end(), {"--json", "-"});
   evaluate::program_output output;
   evaluate::outcome o = evaluate::run_program(arguments, output);
