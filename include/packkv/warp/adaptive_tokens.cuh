@@ -42,32 +42,32 @@ struct adaptive_source {
 
     __device__ void load(int slot, float (&x)[HeadDim / 32]) const {
       using namespace packkv::detail;
-      const adaptive_spec& spec = source_.spec;
+      const adaptive_spec& format = source_.spec;
       for (int i = 0; i < HeadDim / 32; ++i) {
         x[i] = nan_float();
         if (!valid_) continue;
         const int c = lane_id() + 32 * i;
         const std::uint32_t base = header_[strips_.count + c / strips_.channels];
-        const group_values v = values_of(spec, load_numbers(numbers_, count_, group_index(spec, slot, c)));
-        x[i] = decode_in(spec, v, base + read_code(words_, locate(strips_, slot, c)));
+        const group_values v = values_of(format, load_numbers(numbers_, count_, group_index(format, slot, c)));
+        x[i] = decode_in(format, v, base + read_code(words_, locate(strips_, slot, c)));
       }
-      to_original_basis<HeadDim>(spec.groups, source_.bytes, head_, x);
+      to_original_basis<HeadDim>(format.groups, source_.bytes, head_, x);
     }
 
    private:
     /// Checks the tile from byte `begin` to byte `end`; the same answer in all lanes.
     __device__ bool open(std::int64_t begin, std::int64_t end) {
-      const adaptive_spec& spec = source_.spec;
-      const int fixed = spec.header_bytes() + spec.number_bytes();
+      const adaptive_spec& format = source_.spec;
+      const int fixed = format.header_bytes() + format.number_bytes();
       if (begin < source_.layout.tiles_offset || begin % 16 != 0 || end > source_.size || end - begin < fixed)
         return false;
       header_ = source_.bytes + begin;
-      for (int i = 0; i < spec.strip_count(); ++i)
+      for (int i = 0; i < format.strip_count(); ++i)
         if (!is_plan_width(header_[i])) return false;
-      strips_ = detail::strips_of(spec, header_);
-      words_ = reinterpret_cast<const std::uint32_t*>(header_ + spec.header_bytes());
-      numbers_ = header_ + spec.header_bytes() + strips_.words * 4;
-      count_ = spec.groups.tile_groups();
+      strips_ = detail::strips_of(format, header_);
+      words_ = reinterpret_cast<const std::uint32_t*>(header_ + format.header_bytes());
+      numbers_ = header_ + format.header_bytes() + strips_.words * 4;
+      count_ = format.groups.tile_groups();
       return end - begin == fixed + strips_.words * 4;
     }
 

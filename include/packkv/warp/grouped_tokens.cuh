@@ -66,16 +66,16 @@ struct grouped_source {
 
     __device__ void load(int slot, float (&x)[HeadDim / 32]) const {
       using namespace packkv::detail;
-      const grouped_spec& spec = source_.spec;
+      const grouped_spec& format = source_.spec;
       for (int i = 0; i < HeadDim / 32; ++i) {
         const int c = lane_id() + 32 * i;
-        const group_place at = locate_group(spec, source_.layout.heads, head_, first_ + slot, c);
+        const group_place at = locate_group(format, source_.layout.heads, head_, first_ + slot, c);
         const group_values g = values_of(
-            spec,
-            {stored_half(block_, at.first), spec.has_minima() ? stored_half(block_, at.minimum) : std::uint16_t{0}});
-        x[i] = decode_in(spec, g, read_code(words_, locate(spec.strips, slot, c)));
+            format,
+            {stored_half(block_, at.first), format.has_minima() ? stored_half(block_, at.minimum) : std::uint16_t{0}});
+        x[i] = decode_in(format, g, read_code(words_, locate(format.strips, slot, c)));
       }
-      to_original_basis<HeadDim>(spec, source_.bytes, head_, x);
+      to_original_basis<HeadDim>(format, source_.bytes, head_, x);
     }
 
    private:
