@@ -652,6 +652,19 @@ TEST_CASE("calls on packs refuse what does not fit, and write nothing") {
     const arguments a = make(change);
     return pk::attention<64, 96>(a.f, a.packs, a.key_tail, a.value_tail, a.queries, 1.0f, a.out, a.lse, a.e).code;
   };
+  {  // more rows than 63 bits count, and more blocks than a grid has, in views that hold one element
+    const auto many = [&](std::int64_t count) {
+      return attention([=](arguments& a) {
+        for (auto* x : {&a.key_tail, &a.value_tail}) x->extent[2] = count;
+        for (auto* extent : {a.queries.extent, a.out.extent, a.lse.extent}) extent[1] = extent[2] = count;
+        for (auto* stride : {a.key_tail.stride, a.value_tail.stride, a.queries.stride, a.out.stride}) stride[2] = 0;
+        for (auto* stride : {a.queries.stride, a.out.stride, a.lse.stride}) stride[1] = 0;
+        a.lse.stride[2] = 0;
+      });
+    };
+    CHECK(many(std::int64_t{1} << 40) == code::overflow);
+    CHECK(many(std::int64_t{1} << 24) == code::overflow);
+  }
   const auto everywhere = [&](code expected, auto change) {
     CHECK(decompress(change) == expected);
     CHECK(key_gemv(change) == expected);

@@ -28,33 +28,37 @@ status launch_sequence_decompress(const Source& source, const output_view<4>& ou
                 e.stream, source, out, tokens, e.report);
 }
 
-/// Arguments and grid of a call with `in` [batch, query_heads, queries, ...].
-inline kernel::sequence_args make_sequence_args(const input_view<4>& in, const output_view<4>& out,
-                                                std::int64_t kv_heads, std::int64_t tokens, const exec& e,
-                                                policy::decode_grid& grid) {
-  kernel::sequence_args a{};
+/// Arguments and grid of a call with `in` [batch, query_heads, queries, ...]. Refuses more blocks than a grid has; no
+/// units of work, hence nothing to launch, only if an extent of `in` is 0.
+inline status make_sequence_args(const input_view<4>& in, const output_view<4>& out, std::int64_t kv_heads,
+                                 std::int64_t tokens, const exec& e, kernel::sequence_args& a,
+                                 policy::decode_grid& grid) {
+  const checked rows = checked(in.extent[1] / kv_heads) * in.extent[2];
+  grid = policy::make_decode_grid(in.extent[0], kv_heads, rows.value(), tokens, 0);
+  const bool empty = in.extent[0] == 0 || in.extent[1] == 0 || in.extent[2] == 0;
+  if (!empty && (grid.units == 0 || grid.units > max_count / grid.splits))
+    return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
+  a = {};
   a.in = in;
   a.out = out;
   a.scale = 1.0f;
   a.tokens = tokens;
   a.report = e.report;
   a.kv_heads = static_cast<std::int32_t>(kv_heads);
-  const checked rows = checked(in.extent[1] / kv_heads) * in.extent[2];
-  grid = policy::make_decode_grid(in.extent[0], kv_heads, rows.value(), tokens, 0);
   a.chunks = grid.chunks;
   a.splits = grid.splits;
   a.storage = split_storage_of(e, grid);
-  return a;
+  return {};
 }
 
 template <int HeadDim, class Source>
 status launch_sequence_key_gemv(const Source& source, const input_view<4>& queries, std::int64_t kv_heads, float scale,
                                 const output_view<4>& scores, const exec& e) {
   policy::decode_grid grid;
-  kernel::sequence_args a = make_sequence_args(queries, scores, kv_heads, warp::tokens_of(source), exec{}, grid);
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(queries, scores, kv_heads, warp::tokens_of(source), exec{}, a, grid); !s)
+    return s;
   if (grid.units == 0 || a.tokens == 0) return {};
-  if (!(checked(grid.units) * grid.splits).valid() || grid.units * grid.splits > max_count)
-    return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
   a.scale = scale;
   a.report = e.report;
   return launch(kernel::sequence_key_gemv<HeadDim, Source>, grid_for(grid.units * grid.splits),
@@ -65,7 +69,8 @@ template <int HeadDim, class Source>
 status launch_sequence_value_gemv(const Source& source, const input_view<4>& weights, std::int64_t kv_heads,
                                   const output_view<4>& out, const exec& e) {
   policy::decode_grid grid;
-  const kernel::sequence_args a = make_sequence_args(weights, out, kv_heads, warp::tokens_of(source), e, grid);
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(weights, out, kv_heads, warp::tokens_of(source), e, a, grid); !s) return s;
   if (grid.units == 0) return {};
   if (const status s = check_grid<HeadDim>(grid, e); !s) return s;
   return launch(kernel::sequence_value_gemv<HeadDim, Source>, grid_for(grid.units * grid.splits),
@@ -77,7 +82,8 @@ status launch_sequence_attention(const KeySource& keys, const ValueSource& value
                                  std::int64_t kv_heads, float scale, const output_view<4>& out,
                                  const kernel::sequence_attention_args& more, const exec& e) {
   policy::decode_grid grid;
-  kernel::sequence_args a = make_sequence_args(queries, out, kv_heads, warp::tokens_of(keys), e, grid);
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(queries, out, kv_heads, warp::tokens_of(keys), e, a, grid); !s) return s;
   if (grid.units == 0) return {};
   if (const status s = check_grid<ValueDim>(grid, e); !s) return s;
   a.scale = scale;
