@@ -4,28 +4,13 @@
 //   auto row = row_merge<D, 4>::merge(storage, softmax, sum);   // row.channel[i] is channel lane + 32 * i
 #pragma once
 
+#include <packkv/warp/attention_row.cuh>
 #include <packkv/warp/online_softmax.cuh>
 #include <packkv/warp/value_sum.cuh>
 
 namespace packkv::block {
 
-/// One row of unnormalised attention: maximum (base 2), sum of weights, weighted sum of values.
-template <int HeadDim>
-struct attention_row {
-  float maximum;
-  float sum;
-  float channel[HeadDim / 32];
-
-  /// Adds another part of the same row.
-  __device__ void join(const attention_row& other) {
-    const float m = fmaxf(maximum, other.maximum);
-    const float a = factor(maximum, m), b = factor(other.maximum, m);
-    maximum = m;
-    sum = sum * a + other.sum * b;
-    for (int i = 0; i < HeadDim / 32; ++i) channel[i] = channel[i] * a + other.channel[i] * b;
-  }
-  __device__ static float factor(float from, float to) { return from == to ? 1.0f : detail::exp2_approx(from - to); }
-};
+using warp::attention_row;
 
 /// Rows = warps of the block.
 template <int HeadDim, int Rows>

@@ -163,6 +163,8 @@ template <class KeyCodec, class ValueCodec>
 struct cache_format {
   static_assert(KeyCodec::template serves<side::key>, "the first codec of a cache_format must serve keys");
   static_assert(ValueCodec::template serves<side::value>, "the second codec of a cache_format must serve values");
+  using key_codec_type = KeyCodec;
+  using value_codec_type = ValueCodec;
   static constexpr int key_head_dim = KeyCodec::head_dim;
   static constexpr int value_head_dim = ValueCodec::head_dim;
   static constexpr int key_tile_bytes = KeyCodec::spec().tile_bytes();

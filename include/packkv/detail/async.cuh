@@ -72,6 +72,14 @@ __device__ inline void fence_barrier_init([[maybe_unused]] call_site where = cal
 #endif
 }
 
+/// Orders this thread's ordinary accesses to shared memory before later bulk copies into it. A barrier of threads comes
+/// before the thread that copies.
+__device__ inline void fence_async_copies() {
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 /// Copies `bytes` (a multiple of 16, both addresses too) to this block's shared memory and reports them to a phase of
 /// `done` that is not over. By one thread; what others did with the destination must be ordered before this call.
 __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, mbarrier& done,

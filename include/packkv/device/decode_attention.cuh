@@ -8,6 +8,7 @@
 #include <packkv/codec/checks.hpp>
 #include <packkv/device/exec.cuh>
 #include <packkv/kernel/decode_attention.cuh>
+#include <packkv/kernel/fused_decode.cuh>
 
 namespace packkv {
 
@@ -58,6 +59,79 @@ checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t 
   return blocks * block::split_merge<ValueDim, policy::decode_rows>::floats_per_split * 4 + workspace_counter_bytes;
 }
 
+/// Formats of which the plans are known at compile time have kernels with matrix instructions.
+template <class Format, class = void>
+struct has_fused_kernel : std::false_type {};
+template <class Format>
+struct has_fused_kernel<Format, std::void_t<typename Format::key_codec_type>>
+    : std::bool_constant<Format::key().kind == codec_kind::plan && Format::value().kind == codec_kind::plan> {};
+
+/// Shape of a block of the fused kernel.
+template <class Format, int Rows>
+constexpr policy::fused_block_shape fused_shape() {
+  return kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::shape;
+}
+template <class Format, int Rows>
+inline constexpr std::int64_t fused_part_bytes =
+    std::int64_t{3} * block::part_merge<Format::value_head_dim, Rows, fused_shape<Format, Rows>().warps>::part_floats * 4;
+
+/// Blocks of a launch over `batch` sequences.
+template <class Format, int Rows>
+std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
+  if (splits == 0) return policy::fused_blocks(fused_shape<Format, Rows>());
+  constexpr std::int64_t most = kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::max_blocks;
+  const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(rows, Rows) * splits;
+  return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
+}
+
+template <class Format, int Rows, class Variant>
+status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, const Variant& variant) {
+  const cache_view& cache = args.call.cache;
+  const attention_options& options = args.call.options;
+  const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
+  const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits);
+  if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes); !s)
+    return s;
+  const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
+  args.raw_items = policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
+                                                         (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
+  args.counters = static_cast<std::uint32_t*>(e.workspace);
+  args.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
+  constexpr auto shape = fused_shape<Format, Rows>();
+  for (std::int32_t first = 0; first < cache.batch; first += block::max_split_sequences) {
+    args.first_sequence = first;
+    args.sequences = min_of<std::int32_t>(block::max_split_sequences, cache.batch - first);
+    const status s = launch(kernel::fused_decode<Format, Rows, warp::copy_engine::best, Variant>, grid_for(blocks),
+                            block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args, variant);
+    if (!s) return s;
+  }
+  return {};
+}
+
+template <class Format, class Variant>
+status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
+  const std::int64_t rows = std::int64_t{args.call.group} * args.call.options.max_query_len;
+  if (rows > max_count) return refuse(status_code::overflow, "more than 2^31 - 1 query rows per KV head");
+  switch (policy::fused_rows(rows)) {
+    case 4:
+      return launch_fused<Format, 4>(args, rows, e, variant);
+    case 8:
+      return launch_fused<Format, 8>(args, rows, e, variant);
+    default:
+      return launch_fused<Format, 16>(args, rows, e, variant);
+  }
+}
+
+template <class Format>
+checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
+  batch = min_of<std::int64_t>(batch, block::max_split_sequences);
+  std::int64_t most = fused_blocks<Format, 4>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 4>;
+  if (rows > 4) most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 8>);
+  if (rows > 8)
+    most = max_of(most, fused_blocks<Format, 16>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 16>);
+  return checked(most) + workspace_counter_bytes;
+}
+
 }  // namespace detail
 
 /// Workspace of decode_attention for every call within the maxima. A pure function; -1 if the maxima are
@@ -69,6 +143,10 @@ std::int64_t decode_workspace_bytes(const decode_maxima& m) {
     return -1;
   const checked rows = checked(m.query_heads / m.kv_heads) * m.max_query_len;
   if (!rows.valid()) return -1;
+  if constexpr (detail::has_fused_kernel<Format>::value) {
+    const checked fused = detail::fused_workspace_bound<Format>(m.batch, m.kv_heads, rows.value(), m.splits);
+    return fused.valid() ? fused.value() : -1;
+  }
   const checked bytes =
       detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, rows.value(), m.max_seq_len, m.splits);
   return bytes.valid() ? bytes.value() : -1;
@@ -91,9 +169,18 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
                         const attention_options& options, const exec& e) {
   if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
   if (cache.batch == 0 || queries.extent[0] == 0) return {};
+  const auto group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
+  if constexpr (detail::has_fused_kernel<Format>::value) {
+    kernel::fused_args args{};
+    args.call = {cache, queries, query_start_loc, out, lse, options, group};
+    args.key = params.key;
+    args.value = params.value;
+    args.report = e.report;
+    return detail::launch_fused<Format>(args, e, block::plain_scores{});
+  }
   kernel::decode_args args{};
-  args.group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
-  const checked rows = checked(args.group) * options.max_query_len;
+  args.group = group;
+  const checked rows = checked(group) * options.max_query_len;
   const auto grid =
       policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
   if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;

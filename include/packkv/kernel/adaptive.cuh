@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) adaptive_shared_numbers(co
     block[index] = n.first;
     block[tile_tokens + index] = n.minimum;
   }
-  add_report(a.report, flags, 0);
+  detail::add_report(a.report, flags, 0);
 }
 
 /// One tile in the making, held by a warp.
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) measure_adaptive(const __g
     flags |= maker.flags;
     if (lane_id() == 0) a.offsets[tile + 1] = a.spec.header_bytes() + strips.words * 4 + a.spec.number_bytes();
   }
-  add_report(a.report, flags, 0);
+  detail::add_report(a.report, flags, 0);
 }
 
 /// The tiles, when the offsets are there; a warp per tile.

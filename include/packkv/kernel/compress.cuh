@@ -3,7 +3,7 @@
 // store_tokens (a warp per token).
 #pragma once
 
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 #include <packkv/warp/token_codec.cuh>
 
 namespace packkv::kernel {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
     }
     if (threadIdx.x == 0) flags |= table_flags;
   }
-  add_report(a.report, flags, clamps);
+  detail::add_report(a.report, flags, clamps);
 }
 
 /// Reconstructs every token of one side; a warp per token.
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
                                   sink);
     }
   }
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// Codes n single tokens of one side into live pages; a warp per (token, head).
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
         },
         flags, clamps);
   }
-  add_report(report, flags, clamps);
+  detail::add_report(report, flags, clamps);
 }
 
 }  // namespace packkv::kernel

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <packkv/block/split_merge.cuh>
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 #include <packkv/policy/decode.hpp>
 #include <packkv/warp/key_scores.cuh>
 
@@ -55,7 +55,7 @@ class decode_block {
     // The last split also takes the 16-bit tokens, which live in the original basis.
     if (split_ == a_.splits - 1 && (view_.sinks > 0 || view_.ring_begin < view_.length)) row.join(attend_raw());
     if (block::split_merge<ValueDim, rows>::is_last(a_.storage, unit_, split_, a_.splits, row)) write(row);
-    add_report(a_.report, threadIdx.x == 0 ? flags_ : 0u, 0);
+    detail::add_report(a_.report, threadIdx.x == 0 ? flags_ : 0u, 0);
   }
 
  private:
@@ -69,7 +69,7 @@ class decode_block {
                        query_count_ <= a_.options.max_query_len;
     if (!valid) flags_ |= report_length_out_of_range;
     if (!valid || first_row_ >= query_count_ * a_.group) {
-      add_report(a_.report, threadIdx.x == 0 ? flags_ : 0u, 0);
+      detail::add_report(a_.report, threadIdx.x == 0 ? flags_ : 0u, 0);
       return false;
     }
     view_ = make_visibility(a_.cache, a_.options, b_, length, flags_);

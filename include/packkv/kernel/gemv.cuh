@@ -4,7 +4,7 @@
 #pragma once
 
 #include <packkv/block/split_merge.cuh>
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 #include <packkv/policy/decode.hpp>
 #include <packkv/warp/key_scores.cuh>
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32) key_gemv(const __gr
                         page >= 0 ? scores[j][r] * a.scale : -infinity());
     }
   }
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// out[b, h, :] = sum over t < length of weights[b, h, t] * v^[b, t, :].
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32) value_gemv(const __
     for (int i = 0; i < HeadDim / 32; ++i)
       store_element(address(a.out, block.b, block.query_head(a, warp_id()), lane_id() + 32 * i), a.out.type,
                     row.channel[i]);
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 struct merge_args {

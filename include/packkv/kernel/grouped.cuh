@@ -4,7 +4,7 @@
 // One idea: an element is loaded and transformed again wherever it is needed, so there is no scratch memory.
 #pragma once
 
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 #include <packkv/warp/group_statistics.cuh>
 #include <packkv/warp/grouped_tokens.cuh>
 
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_token_groups(const 
       for (int i = 0; i < registers; ++i) writer.put(values_of(a.spec, g[i]), y[i], head, t, lane_id() + 32 * i);
     }
   }
-  add_report(a.report, flags, 0);
+  detail::add_report(a.report, flags, 0);
 }
 
 /// Groups along channels, of one head (vector) or all (token). Item: (block, token of the block, head unless all).
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) encode_channel_groups(cons
       for_each([&](std::int64_t h, int c, float x) { writer.put(values_of(a.spec, g), x, h, t, c); });
     }
   }
-  add_report(a.report, flags, 0);
+  detail::add_report(a.report, flags, 0);
 }
 
 }  // namespace packkv::kernel

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <packkv/codec/pack_format.hpp>
 #include <packkv/codec/pack_quantize.hpp>
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 
 namespace packkv::kernel {
 
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(Warps * 32) find_pack_ranges(const __grid_cons
     }
     pack_ranges_of(a, block, b)[group] = range;
   }
-  add_report(a.report, flags, 0);
+  detail::add_report(a.report, flags, 0);
 }
 
 /// The order of the tokens of every block, to `order` [blocks][64]; `a` is the V side, its ranges in the order of
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(Warps * 32) check_pack_order(const __grid_cons
     if (__reduce_or_sync(all_lanes, seen[0]) != ~0u || __reduce_or_sync(all_lanes, seen[1]) != ~0u)
       flags |= report_order_invalid;
   }
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// Moves the ranges of tokens to their slots; a warp per 64 of them. For granularities token and vector.

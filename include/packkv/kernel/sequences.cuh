@@ -5,7 +5,7 @@
 #pragma once
 
 #include <packkv/block/split_merge.cuh>
-#include <packkv/kernel/report.cuh>
+#include <packkv/detail/report.cuh>
 #include <packkv/policy/decode.hpp>
 #include <packkv/warp/token_source.cuh>
 
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(sequence_warps * 32)
       }
     });
   }
-  add_report(report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// What the GEMVs and attention share; every tensor has the layout [batch, query_heads, queries, ...].
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
         if (lane_id() + 32 * j < count && unit.row_exists(r))
           unit.store(r, first + lane_id() + 32 * j, scores[j][r] * a.scale);
   });
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// Merges what the warps and splits of a unit have summed; write(row, sums) is called in the last split's warps.
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
   finish_sequence<HeadDim>(unit, storage, plain, sum, [&](int r, const block::attention_row<HeadDim>& row) {
     for (int i = 0; i < HeadDim / 32; ++i) unit.store(r, lane_id() + 32 * i, row.channel[i]);
   });
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 /// What attention needs beside sequence_args.
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(policy::decode_warps * 32)
       store_element(address(more.lse, unit.b, unit.query_head(r), unit.query(r)), more.lse.type,
                     (row.maximum + log2f(row.sum)) * 0.6931471805599453f);
   });
-  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+  detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
 }  // namespace packkv::kernel

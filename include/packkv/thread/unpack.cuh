@@ -83,6 +83,22 @@ struct value_plane {
     constexpr bit_field f = detail::own_field(packkv::detail::value_field(Bits, 0, token, channel), words);
     return w[f.word] >> f.bit & 0x00010001u * ((1u << Bits) - 1);
   }
+
+  /// Bit at which `in_place` leaves the codes of tokens 16 * TokenTile + 8 * TokenHalf + 0..7.
+  template <int TokenTile, int TokenHalf>
+  static constexpr int place =
+      packkv::detail::value_field(Bits, 0, 16 * TokenTile + 8 * TokenHalf, 0).bit;
+
+  /// The same register with the codes where they lie: code * 2^(place - 24), for one shift per word instead of one
+  /// per register. Bits 0..9 of a half that has no others are a subnormal.
+  template <int TokenTile, int Reg>
+  __device__ static std::uint32_t in_place(const std::uint32_t (&w)[words]) {
+    constexpr int channel = 8 * (Reg % 2), token_half = Reg / 2, bit = place<TokenTile, token_half>;
+    constexpr bit_field f =
+        detail::own_field(packkv::detail::value_field(Bits, 0, 16 * TokenTile + 8 * token_half, channel), words);
+    static_assert(f.bit == bit + channel && bit + Bits <= 10, "codes of both halves of the rows lie at the same bit");
+    return w[f.word] >> channel & 0x00010001u * ((1u << Bits) - 1) << bit;
+  }
 };
 
 /// Codes of one width: a plane, or at width 3 a plane of 2 bits and one of 1 bit, which is the code's high bit.

@@ -13,7 +13,20 @@ namespace packkv::warp {
 
 /// Who copies: the bulk copy engine (sm_90 and later; one lane starts a whole tile) or cp.async (sm_80 and later; every
 /// lane copies 16 bytes at a time).
-enum class copy_engine { bulk, per_thread };
+enum class copy_engine {
+  bulk,
+  per_thread,
+  best,  ///< the first of these that the architecture has
+};
+
+/// The engine that a kernel compiled for this architecture uses.
+__device__ constexpr copy_engine resolved(copy_engine engine) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return engine == copy_engine::best ? copy_engine::per_thread : engine;
+#else
+  return engine == copy_engine::best ? copy_engine::bulk : engine;
+#endif
+}
 
 /// A piece of global memory: 16-byte aligned, a multiple of 16 bytes (as tiles are), or nothing.
 struct copy_source {
@@ -28,6 +41,7 @@ class tile_ring {
   /// In shared memory, of one warp.
   struct temp_storage {
     detail::mbarrier full[Engine == copy_engine::bulk ? Stages : 1];  // unused by per_thread
+    std::int32_t tag[Stages];
   };
 
   /// `buffers`: Stages * stage_bytes of shared memory, 16-byte aligned, stage_bytes a multiple of 16. All lanes take
@@ -44,9 +58,11 @@ class tile_ring {
   }
 
   /// Starts to copy both pieces, one behind the other, into the stage after the last requested. At most Stages requests
-  /// are not released. The pieces together are at most stage_bytes, and the first is not empty.
-  __device__ void request(copy_source first, copy_source second = {}) {
+  /// are not released. The pieces together are at most stage_bytes, and the first is not empty. `tag` comes back with
+  /// them.
+  __device__ void request(copy_source first, copy_source second = {}, std::int32_t tag = 0) {
     std::uint8_t* to = buffers_ + requested_.stage * stage_bytes_;
+    if (detail::lane_id() == 0) storage_.tag[requested_.stage] = tag;
     if constexpr (Engine == copy_engine::bulk) {
       if (detail::lane_id() == 0) {
         detail::mbarrier& full = storage_.full[requested_.stage];
@@ -73,6 +89,10 @@ class tile_ring {
     }
     return buffers_ + used_.stage * stage_bytes_;
   }
+  /// The tag of that tile.
+  __device__ std::int32_t tag() const { return storage_.tag[used_.stage]; }
+  /// Tiles that are requested and not released.
+  __device__ int waiting() const { return waiting_; }
 
   /// Frees that tile's stage for the next request: all lanes have read what they need.
   __device__ void release() {

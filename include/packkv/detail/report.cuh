@@ -5,7 +5,7 @@
 #include <packkv/codec/pages.hpp>
 #include <packkv/detail/cuda.cuh>
 
-namespace packkv::kernel {
+namespace packkv::detail {
 
 /// Adds flags and clamps to the caller's report, if there is one.
 __device__ inline void add_report(device_report* report, std::uint32_t flags, std::uint32_t clamps) {
@@ -14,4 +14,4 @@ __device__ inline void add_report(device_report* report, std::uint32_t flags, st
   if (clamps != 0) atomicAdd(&report->leading_clamps, clamps);
 }
 
-}  // namespace packkv::kernel
+}  // namespace packkv::detail

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of the fused decode kernel knows of its work: the call, a sequence, and a unit (sequence, KV head, up to
+// Rows query rows) with the ranges of tokens that its rows see. Kept in shared memory; the tile loop needs little of it.
+#pragma once
+
+#include <packkv/block/row_ranges.cuh>
+#include <packkv/detail/report.cuh>
+#include <packkv/warp/attention_row.cuh>
+#include <packkv/warp/raw_attention.cuh>
+
+namespace packkv::block {
+
+/// Leaves scores as they are. A user's variant has the same shape: it gets a scaled score (before the soft cap), the
+/// query head, and the positions of query and key, and returns the score to use; see examples/alibi_attention.cu.
+struct plain_scores {
+  static constexpr bool active = false;
+  __device__ float operator()(float score, int, std::int64_t, std::int64_t) const { return score; }
+};
+
+/// The arguments of a decode call that do not depend on its format.
+struct decode_call {
+  cache_view cache;
+  input_view<3> queries;
+  const std::int32_t* query_start_loc;
+  output_view<3> out;
+  output_view<2> lse;
+  attention_options options;
+  std::int32_t group;  ///< query heads per KV head
+};
+
+/// One sequence of a call.
+struct decode_sequence {
+  detail::visibility view;
+  std::int64_t b, query_begin = 0, first_position = 0;
+  int query_count = 0, chunks = 0;  ///< query tokens; units of its rows per KV head
+  int first_tile = 0, tiles = 0;    ///< tiles in which a query may see a coded token
+
+  __device__ decode_sequence(const decode_call& call, std::int64_t sequence, int rows, device_report* report)
+      : b(sequence) {
+    std::uint32_t flags = 0;
+    find(call, rows, flags);
+    detail::add_report(report, flags, 0);
+  }
+  __device__ std::int64_t units(const decode_call& call) const {
+    return static_cast<std::int64_t>(chunks) * call.cache.pages.kv_heads;
+  }
+
+ private:
+  __device__ void find(const decode_call& call, int rows, std::uint32_t& flags) {
+    const std::int64_t query_end = call.query_start_loc[b + 1];
+    query_begin = call.query_start_loc[b];
+    const std::int32_t length = detail::clamp_length(call.cache.seq_lens, b, call.cache.max_seq_len, flags);
+    const std::int64_t count = query_end - query_begin;
+    if (query_begin < 0 || count < 0 || query_begin + count > call.queries.extent[0] ||
+        count > call.options.max_query_len) {
+      flags |= report_length_out_of_range;
+      return;
+    }
+    if (count == 0) return;
+    query_count = static_cast<int>(count);
+    chunks = ceil_div(query_count * call.group, rows);
+    view = detail::make_visibility(call.cache, call.options, b, length, flags);
+    first_position = (call.options.context_lens != nullptr ? call.options.context_lens[b] : length) - count;
+    const int begin = coded_range(view, first_position).begin, end = coded_range(view, first_position + count - 1).end;
+    first_tile = begin / tile_tokens;
+    tiles = begin < end ? ceil_div(end, tile_tokens) - first_tile : 0;
+  }
+};
+
+/// The 16-bit tokens of a sequence and KV head that a query at `first_position` or later may see: sinks, then ring.
+class raw_tokens {
+ public:
+  int count;
+
+  __device__ raw_tokens(const decode_call& call, const detail::visibility& view, std::int64_t b, int head,
+                        std::int64_t first_position)
+      : cache_(call.cache), view_(view), b_(b), ring_row_(b), head_(head), ring_first_(view.length) {
+    if (view.ring_begin < view.length) {
+      if (cache_.ring.row != nullptr) ring_row_ = cache_.ring.row[b];
+      ring_first_ = static_cast<int>(max_of<std::int64_t>(max_of(view.ring_begin, view.sinks),
+                                                          token_at(view, first_position - view.ring_window + 1)));
+      capacity_ = static_cast<int>(cache_.ring.keys.extent[2]);
+      ring_slot_ = ring_first_ % capacity_;
+    }
+    count = view.sinks + max_of(view.length - ring_first_, 0);
+  }
+  __device__ int token(int i) const { return i < view_.sinks ? i : ring_first_ + i - view_.sinks; }
+  __device__ bool seen(int i, std::int64_t query_position) const {
+    const int t = token(i);
+    return view_.visible(t, query_position) && (i < view_.sinks || view_.in_ring(t, query_position));
+  }
+  __device__ warp::raw_token where(int i) const {
+    const bool sink = i < view_.sinks;
+    const int ring_slot = ring_slot_ + i - view_.sinks;
+    const int slot = sink ? i : ring_slot < capacity_ ? ring_slot : ring_slot - capacity_;
+    const input_view<4>&k = sink ? cache_.sinks.keys : cache_.ring.keys, &v = sink ? cache_.sinks.values : cache_.ring.values;
+    const std::int64_t row = sink ? b_ : ring_row_;
+    return {static_cast<const char*>(detail::address(k, row, head_, slot, 0)),
+            static_cast<const char*>(detail::address(v, row, head_, slot, 0)),
+            k.stride[3],
+            v.stride[3],
+            k.type,
+            v.type};
+  }
+
+ private:
+  const cache_view& cache_;
+  const detail::visibility& view_;
+  std::int64_t b_, ring_row_;
+  int head_, ring_first_, ring_slot_ = 0, capacity_ = 1;
+};
+
+/// A unit of work, in shared memory.
+template <int Rows>
+struct decode_unit {
+  static constexpr float log2e = 1.4426950408889634f;
+
+  detail::visibility view;
+  std::int64_t b;
+  int head, rows;  ///< KV head; rows that exist
+  std::int64_t query_token[Rows];
+  std::int64_t position[Rows];  ///< of rows that do not exist: the last row's
+  token_range range[Rows];
+  int query_head[Rows];
+
+  /// Unit `number` of a sequence. By the whole block; a barrier must follow.
+  __device__ void set(const decode_call& call, const decode_sequence& s, int number) {
+    const int kv_head = number / s.chunks, first_row = number % s.chunks * Rows, all = s.query_count * call.group;
+    if (threadIdx.x == 0) {
+      view = s.view;
+      b = s.b;
+      head = kv_head;
+      rows = min_of(Rows, all - first_row);
+    }
+    if (threadIdx.x < Rows) {
+      const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1), token = row / call.group;
+      query_token[r] = s.query_begin + token;
+      query_head[r] = kv_head * call.group + row % call.group;
+      position[r] = s.first_position + token;
+      range[r] = coded_range(s.view, position[r]);
+    }
+  }
+  __device__ bool has_raw() const { return view.sinks > 0 || view.ring_begin < view.length; }
+
+  __device__ row_ranges ranges() const {
+    row_ranges x = row_ranges::none();
+    for (int r = 0; r < Rows; ++r) x.add(range[r]);
+    return x;
+  }
+  __device__ bool sees(int row, int token) const { return token >= range[row].begin && token < range[row].end; }
+
+  /// x[i] = channel index[i] of a query; 0 in rows that do not exist.
+  template <int Count>
+  __device__ void load_query(const decode_call& call, int row, const int (&index)[Count], float (&x)[Count]) const {
+    const input_view<3>& q = call.queries;
+    warp::load_16bit(static_cast<const char*>(detail::address(q, query_token[row], query_head[row], 0)), q.stride[2],
+                     q.type, index, x);
+    for (int i = 0; i < Count; ++i) x[i] = row < rows ? x[i] : 0.0f;
+  }
+
+  /// From a scaled score to base 2, through the variant and the soft cap.
+  template <class Variant>
+  __device__ float shape(const decode_call& call, const Variant& variant, float score, int row, int token) const {
+    if constexpr (Variant::active) score = variant(score, query_head[row], position[row], view.position(token));
+    const float cap = call.options.soft_cap;
+    if (cap > 0.0f) {  // cap * tanh(score / cap)
+      const float e = detail::exp2_fast(min_of(score * detail::reciprocal_fast(cap), 40.0f) * (2.0f * log2e));
+      score = cap * (1.0f - 2.0f * detail::reciprocal_fast(e + 1.0f));
+    }
+    return score * log2e;
+  }
+
+  /// Stores a finished row. By one warp.
+  template <int ValueDim>
+  __device__ void write(const decode_call& call, int r, const warp::attention_row<ValueDim>& row) const {
+    using namespace packkv::detail;
+    const bool empty = row.sum == 0.0f;
+    const float inverse = 1.0f / row.sum;
+    for (int i = 0; i < ValueDim / 32; ++i)
+      store_element(address(call.out, query_token[r], query_head[r], lane_id() + 32 * i), call.out.type,
+                    empty ? 0.0f : row.channel[i] * inverse);
+    if (call.lse.data != nullptr && lane_id() == 0) {
+      const float base2 = row.maximum + log2f(row.sum);
+      const float unit = call.options.base == lse_base::two ? 1.0f : 1.0f / log2e;
+      store_element(address(call.lse, query_token[r], query_head[r]), call.lse.type, empty ? -infinity() : base2 * unit);
+    }
+  }
+};
+
+}  // namespace packkv::block

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Joins parts of up to 16 query rows: of the warps of a block in shared memory, of blocks in global memory.
+// One idea: a part is Rows rows of HeadDim sums, maximum and weight; parts are joined in a fixed order by all threads,
+// each for channels of its own, so that the result repeats bit for bit.
+//   using merge = part_merge<D, Rows, Warps>;   merge::join_warps(parts, stride, to);   __syncthreads();
+#pragma once
+
+#include <packkv/warp/attention_row.cuh>
+
+namespace packkv::block {
+
+template <int HeadDim, int Rows, int Warps>
+struct part_merge {
+  static constexpr int threads = Warps * detail::warp_threads;
+  /// Floats of a row: its channels, maximum and sum, and padding that keeps rows on different banks.
+  static constexpr int row_floats = HeadDim + 8;
+  static constexpr int maximum_at = HeadDim, sum_at = HeadDim + 1;
+  static constexpr int part_floats = Rows * row_floats;
+
+  /// Joins the Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in shared or
+  /// global memory. The caller synchronises the block before and after.
+  __device__ static void join_warps(const float* parts, int stride, float* to) {
+    for (int i = static_cast<int>(threadIdx.x); i < Rows * HeadDim; i += threads) {
+      const int row = i / HeadDim, channel = i % HeadDim;
+      const float* const from = parts + row * row_floats;
+      float maximum = from[maximum_at];
+      for (int w = 1; w < Warps; ++w) maximum = fmaxf(maximum, from[w * stride + maximum_at]);
+      float sum = 0.0f, value = 0.0f;
+      for (int w = 0; w < Warps; ++w) {
+        const float factor = detail::exp2_fast(from[w * stride + maximum_at] - maximum);
+        sum = fmaf(factor, from[w * stride + sum_at], sum);
+        value = fmaf(factor, from[w * stride + channel], value);
+      }
+      float* const row_to = to + row * row_floats;
+      row_to[channel] = value;
+      if (channel == 0) {
+        row_to[maximum_at] = maximum;
+        row_to[sum_at] = sum;
+      }
+    }
+  }
+
+  /// Parts that join_blocks can take with this scratch.
+  static constexpr int max_parts(int scratch_floats) { return (scratch_floats - threads * 4) / Rows; }
+
+  /// Joins `count` parts that other blocks have written, part(i) in global memory, into `to` in shared memory, with
+  /// scratch memory beside it: at most max_parts. The caller synchronises the block before and after.
+  template <class Part>
+  __device__ static void join_blocks(int count, Part&& part, float* scratch, float* to) {
+    float* const sums = scratch;                   // [slices][Rows * HeadDim]
+    float* const factors = scratch + threads * 4;  // [Rows][count]
+    for (int row = detail::warp_id(); row < Rows; row += Warps) {
+      const auto read = [&](int p, int at) { return detail::load_fresh(part(p) + row * row_floats + at); };
+      float maximum = warp::attention_row<HeadDim>::lowest, sum = 0.0f;
+      for (int p = detail::lane_id(); p < count; p += detail::warp_threads) {
+        factors[row * count + p] = read(p, maximum_at);
+        maximum = fmaxf(maximum, factors[row * count + p]);
+      }
+      maximum = detail::warp_max(maximum);
+      for (int p = detail::lane_id(); p < count; p += detail::warp_threads) {
+        const float factor = detail::exp2_fast(factors[row * count + p] - maximum);
+        factors[row * count + p] = factor;
+        sum = fmaf(factor, read(p, sum_at), sum);
+      }
+      sum = detail::warp_sum(sum);
+      if (detail::lane_id() == 0) {
+        to[row * row_floats + maximum_at] = maximum;
+        to[row * row_floats + sum_at] = sum;
+      }
+    }
+    __syncthreads();
+    // Four channels a thread; as many slices of the parts as there are threads for.
+    constexpr int quads = Rows * HeadDim / 4, slices = quads < threads ? threads / quads : 1;
+    const int slice = static_cast<int>(threadIdx.x) / quads;
+    for (int q = static_cast<int>(threadIdx.x) % quads; q < quads && slice < slices; q += threads) {
+      const int row = q / (HeadDim / 4), channel = q % (HeadDim / 4) * 4;
+      float sum[4] = {};
+#pragma unroll 8
+      for (int p = slice; p < count; p += slices) {
+        const detail::floats4 x = detail::load_fresh4(part(p) + row * row_floats + channel);
+        for (int i = 0; i < 4; ++i) sum[i] = fmaf(factors[row * count + p], x.value[i], sum[i]);
+      }
+      for (int i = 0; i < 4; ++i)
+        if constexpr (slices > 1)
+          sums[(slice * quads + q) * 4 + i] = sum[i];
+        else
+          to[row * row_floats + channel + i] = sum[i];
+    }
+    if constexpr (slices > 1) {
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < Rows * HeadDim; i += threads) {
+        float sum = 0.0f;
+        for (int s = 0; s < slices; ++s) sum += sums[s * Rows * HeadDim + i];
+        to[i / HeadDim * row_floats + i % HeadDim] = sum;
+      }
+    }
+  }
+
+  /// Stores a row of a warp's part.
+  __device__ static void store_row(float* part, int row, const warp::attention_row<HeadDim>& x) {
+    float* const to = part + row * row_floats;
+    for (int i = 0; i < HeadDim / 32; ++i) to[detail::lane_id() + 32 * i] = x.channel[i];
+    if (detail::lane_id() == 0) {
+      to[maximum_at] = x.maximum;
+      to[sum_at] = x.sum;
+    }
+  }
+  __device__ static void copy(const float* from, float* to) {
+    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads) to[i] = from[i];
+  }
+  /// From what another block has written.
+  __device__ static void copy_fresh(const float* from, float* to) {
+    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads) to[i] = detail::load_fresh(from + i);
+  }
+
+  /// Row `row` of a joined part, for one warp; from shared memory, or from global memory that this block did not write.
+  __device__ static warp::attention_row<HeadDim> read_row(const float* part, int row) {
+    warp::attention_row<HeadDim> x;
+    const float* const from = part + row * row_floats;
+    for (int i = 0; i < HeadDim / 32; ++i) x.channel[i] = from[detail::lane_id() + 32 * i];
+    x.maximum = from[maximum_at];
+    x.sum = from[sum_at];
+    return x;
+  }
+};
+
+}  // namespace packkv::block

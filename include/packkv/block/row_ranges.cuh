@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which coded tokens the query rows of a block see: a range for each row, and what that means for whole tiles.
+// One idea: masks, windows, padding, sinks and ring all cut ranges, so a tile in the middle needs no test per token.
+#pragma once
+
+#include <packkv/codec/pages.hpp>
+#include <packkv/detail/cuda.cuh>
+
+namespace packkv::block {
+
+/// Half-open range of tokens of one sequence.
+struct token_range {
+  std::int32_t begin = 0, end = 0;
+};
+
+/// First local token whose position is at least p.
+__device__ inline std::int64_t token_at(const detail::visibility& view, std::int64_t p) {
+  std::int64_t d = p - view.position_offset;
+  if (view.position_stride != 1) d = (d + view.position_stride - 1) / view.position_stride;  // a slow division
+  return min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length);
+}
+
+/// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them.
+__device__ inline token_range coded_range(const detail::visibility& view, std::int64_t p) {
+  std::int64_t begin = max_of<std::int64_t>(view.sinks, token_at(view, view.kv_begin));
+  if (view.window > 0) begin = max_of(begin, token_at(view, p - view.window + 1));
+  std::int64_t end = view.length;
+  if (view.causal) end = min_of(end, token_at(view, p + 1));
+  if (view.ring_begin < view.length)
+    end = min_of(end, max_of<std::int64_t>(view.ring_begin, token_at(view, p - view.ring_window + 1)));
+  return {static_cast<std::int32_t>(begin), static_cast<std::int32_t>(max_of(begin, end))};
+}
+
+/// What the rows see together.
+struct row_ranges {
+  token_range any;  ///< from the first token that a row sees to the last; empty if there is none
+  token_range all;  ///< tokens within are seen by every row that exists
+
+  __device__ void add(const token_range& r) {
+    if (r.begin < r.end) {
+      any = any.begin < any.end ? token_range{min_of(any.begin, r.begin), max_of(any.end, r.end)} : r;
+    }
+    all = {max_of(all.begin, r.begin), min_of(all.end, r.end)};
+  }
+  __device__ static row_ranges none() { return {{0, 0}, {0, 2147483647}}; }
+};
+
+}  // namespace packkv::block

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fast arithmetic of the attention kernels: the special-function unit and pairs of halves. Results are those of the
+// hardware, within the stated bounds of the exact ones, and need not have the same bits elsewhere.
+#pragma once
+
+#include <packkv/core/float_formats.hpp>
+#include <packkv/detail/cuda.cuh>
+
+namespace packkv::detail {
+
+/// 2^x within 2^-22 relative; 2^-inf = 0, results below 2^-126 are 0.
+__device__ inline float exp2_fast(float x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+/// log2(x) for normal x > 0, within 2^-22 absolute near 1 and relative elsewhere; NaN stays NaN.
+__device__ inline float log2_fast(float x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return log2f(x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+/// 1 / x for normal x, within 2^-23 relative.
+__device__ inline float reciprocal_fast(float x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+/// The larger of a number and a bound; NaN stays NaN.
+__device__ inline float at_least(float x, float bound) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return x < bound ? bound : x;
+#else
+  float y;
+  asm("max.NaN.f32 %0,%1,%2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#endif
+}
+
+/// Two floats as halves, nearest even; `low` in the low 16 bits.
+__device__ inline std::uint32_t pack_halves(float low, float high) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return float_to_half(low) | std::uint32_t{float_to_half(high)} << 16;
+#else
+  std::uint32_t x;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+#endif
+}
+struct two_floats {
+  float low, high;
+};
+__device__ inline two_floats unpack_halves(std::uint32_t x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return {half_to_float(static_cast<std::uint16_t>(x)), half_to_float(static_cast<std::uint16_t>(x >> 16))};
+#else
+  two_floats y;
+  asm("{\n.reg .b16 l,h;\nmov.b32 {l,h},%2;\ncvt.f32.f16 %0,l;\ncvt.f32.f16 %1,h;\n}"
+      : "=f"(y.low), "=f"(y.high)
+      : "r"(x));
+  return y;
+#endif
+}
+/// The smaller of two numbers, for each half; a number beats NaN.
+__device__ inline std::uint32_t smaller_halves(std::uint32_t a, std::uint32_t b) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats x = unpack_halves(a), y = unpack_halves(b);
+  return pack_halves(fminf(x.low, y.low), fminf(x.high, y.high));
+#else
+  std::uint32_t y;
+  asm("min.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#endif
+}
+/// Both halves times a power of two, rounded to nearest even where they become subnormal.
+__device__ inline std::uint32_t scale_halves(std::uint32_t x, float factor) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats y = unpack_halves(x);
+  return pack_halves(y.low * factor, y.high * factor);
+#else
+  std::uint32_t y;
+  asm("{\n.reg .b16 f;\n.reg .b32 ff;\ncvt.rn.f16.f32 f,%2;\nmov.b32 ff,{f,f};\nmul.rn.f16x2 %0,%1,ff;\n}"
+      : "=r"(y)
+      : "r"(x), "f"(factor));
+  return y;
+#endif
+}
+
+}  // namespace packkv::detail

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention on codes with matrix instructions: one pass over the compressed K and V of a batch.
+// One idea: the items of work (a tile of a sequence, KV head and up to 16 query rows; and the 16-bit tokens of it) are
+// shared evenly among blocks whatever the lengths; what a block has of a unit meets the rest in global memory.
+#pragma once
+
+#include <packkv/block/decode_unit.cuh>
+#include <packkv/block/part_merge.cuh>
+#include <packkv/block/work_split.cuh>
+#include <packkv/policy/fused_decode.hpp>
+#include <packkv/warp/lazy_softmax.cuh>
+#include <packkv/warp/mma_key_scores.cuh>
+#include <packkv/warp/raw_attention.cuh>
+#include <packkv/warp/tile_stream.cuh>
+#include <packkv/warp/value_sum.cuh>
+
+namespace packkv::kernel {
+
+struct fused_args {
+  block::decode_call call;
+  side_parameters key, value;
+  std::int32_t first_sequence, sequences;  ///< of this launch
+  std::int32_t raw_items;                  ///< what the 16-bit tokens of a unit cost, in tiles
+  float* parts;                            ///< [blocks][3][part_floats]
+  std::uint32_t* counters;                 ///< [blocks], zero between launches
+  device_report* report;
+};
+
+template <class Format, int Rows, warp::copy_engine Engine, class Variant>
+class fused_block {
+ public:
+  static constexpr int key_dim = Format::key_head_dim, value_dim = Format::value_head_dim;
+  using scores = warp::mma_key_scores<typename Format::key_codec_type, Rows>;
+  using values = warp::mma_value_sum<typename Format::value_codec_type, Rows>;
+  /// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
+  struct owners {
+    int first, last, tail;
+  };
+  /// What the block needs in shared memory whatever its shape.
+  struct fixed_storage {
+    typename scores::temp_storage queries;
+    block::sequence_items items;
+    block::decode_unit<Rows> unit;
+    block::even_shares shares;
+    std::int64_t next;  ///< item
+    owners owner;
+    int lo, hi;  ///< tiles of the unit that are this block's
+    bool tail, last;
+  };
+  static constexpr auto shape =
+      policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows, value_dim,
+                               static_cast<int>(sizeof(fixed_storage)) + 1024);
+  static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
+  using softmax = warp::lazy_softmax<values, Rows>;
+  using stream = warp::tile_stream<Format, shape.stages, Engine>;
+  using merge = block::part_merge<value_dim, Rows, warps>;
+  static constexpr int lane_rows = scores::lane_rows;
+  static constexpr int shared_bytes = warps * stream::buffer_bytes + 2 * merge::part_floats * 4;
+  static_assert(shared_bytes == shape.shared_bytes, "the policy knows what the kernel needs");
+  static_assert(stream::buffer_bytes >= merge::part_floats * 4, "a warp's results fit where its tiles were");
+  /// Most blocks of a launch: their factors fit where the tiles were.
+  static constexpr int max_blocks = merge::max_parts(warps * stream::buffer_bytes / 4);
+
+  struct temp_storage : fixed_storage {
+    typename stream::temp_storage stream_of[warps];
+  };
+  static_assert(sizeof(temp_storage) <= sizeof(fixed_storage) + 1024, "the policy knows what the kernel needs");
+
+  __device__ fused_block(const fused_args& args, const Variant& variant, temp_storage& storage, std::uint8_t* dynamic)
+      : a_(args),
+        variant_(variant),
+        storage_(storage),
+        unit_(storage.unit),
+        parts_(reinterpret_cast<float*>(dynamic)),
+        coded_(reinterpret_cast<float*>(dynamic + warps * stream::buffer_bytes)),
+        raw_(coded_ + merge::part_floats),
+        stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * stream::buffer_bytes) {}
+
+  __device__ void run() {
+    storage_.items.template build<threads>(a_.sequences, gridDim.x, [&](int index) {
+      return cost_of(block::decode_sequence(a_.call, a_.first_sequence + index, Rows, a_.report));
+    });
+    const block::even_shares shares = storage_.items.shares(a_.sequences, gridDim.x);
+    if (blockIdx.x >= shares.blocks()) return;
+    if (threadIdx.x == 0) {
+      storage_.shares = shares;
+      storage_.next = shares.begin(blockIdx.x);
+    }
+    __syncthreads();
+    while (take()) {
+      if (storage_.lo < storage_.hi || storage_.tail) {
+        attend();
+        finish();
+        detail::fence_async_copies();  // the ring takes tiles again
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  __device__ block::sequence_cost cost_of(const block::decode_sequence& s) const {
+    return {s.units(a_.call), s.tiles, a_.raw_items};
+  }
+
+  /// Finds the block's next unit and its part of it; false if there is none. Ends with a barrier.
+  __device__ bool take() {
+    const block::even_shares shares = storage_.shares;
+    const std::int64_t item = storage_.next, end = shares.begin(blockIdx.x + 1);
+    if (item >= end) return false;
+    const int index = storage_.items.owner(a_.sequences, item);
+    const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, nullptr);
+    const std::int64_t items = storage_.items.items_of(cost_of(s)), begin = storage_.items.begin[index];
+    const auto number = static_cast<int>(block::quotient(item - begin, items).whole);
+    const std::int64_t unit_begin = begin + number * items, unit_end = unit_begin + items;
+    __syncthreads();
+    unit_.set(a_.call, s, number);
+    if (threadIdx.x == threads - 1) {
+      const bool tail = unit_end <= end;
+      const int here = static_cast<int>(blockIdx.x);
+      storage_.next = unit_end;
+      storage_.tail = tail;
+      storage_.lo = static_cast<int>(min_of<std::int64_t>(item - unit_begin, s.tiles));
+      storage_.hi = static_cast<int>(min_of<std::int64_t>(min_of(end, unit_end) - unit_begin, s.tiles));
+      owners& o = storage_.owner;
+      o.tail = tail ? here : shares.owner(unit_end - 1);
+      o.first = s.tiles == 0 ? o.tail : item == unit_begin ? here : shares.owner(unit_begin);
+      o.last = s.tiles == 0 ? o.tail : shares.owner(unit_begin + s.tiles - 1);
+      storage_.lo += s.first_tile;
+      storage_.hi += s.first_tile;
+    }
+    __syncthreads();
+    return true;
+  }
+
+  /// Attends to the unit's coded tiles; every warp leaves its part in parts_.
+  __device__ void attend() {
+    using namespace packkv::detail;
+    const bool shaped = a_.call.options.soft_cap > 0.0f || Variant::active;
+    // The queries first: behind all blocks' first tiles they would wait for microseconds.
+    scores::prepare(
+        storage_.queries, of_head(Format::key(), a_.key, unit_.head),
+        [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, r, index, x); },
+        a_.call.options.softmax_scale * (shaped ? 1.0f : log2e), warp_id(), warps);
+    const block::row_ranges ranges = unit_.ranges();
+    const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
+    const int end_tile = min_of(storage_.hi, ceil_div(ranges.any.end, tile_tokens));
+    stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
+    __syncthreads();
+
+    const scores keys(storage_.queries);
+    softmax weights;
+    values sum;
+    int tile;
+    const std::uint8_t *key_data, *value_data;
+    while (stream_.next(tile, key_data, value_data)) {
+      float s[warp::tokens_per_lane][lane_rows];
+      keys.compute(key_data, s);
+      const int first = tile * tile_tokens;
+      if (shaped)
+        for_constants<warp::tokens_per_lane>([&](auto index) {
+          constexpr int k = decltype(index)::value;
+          for (int i = 0; i < lane_rows; ++i)
+            s[k][i] = unit_.shape(a_.call, variant_, s[k][i], scores::columns::row(i), first + 8 * k + lane_id() / 4);
+        });
+      const auto rows = warp::load_rows(value_data + values::code_bytes);
+      warp::value_operand<Rows> p;
+      if (first >= ranges.all.begin && first + tile_tokens <= ranges.all.end)
+        weights.weigh(s, rows, [](int, int) { return true; }, sum, p);
+      else
+        weights.weigh(
+            s, rows, [&](int k, int i) { return unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4); }, sum,
+            p);
+      sum.add(value_data, p);
+      stream_.release();
+    }
+    store_part(weights, sum);
+    __syncthreads();
+  }
+
+  static constexpr int part_stride = stream::buffer_bytes / 4;
+  __device__ float* my_part() const { return parts_ + detail::warp_id() * part_stride; }
+
+  /// Attends to sinks and ring, into raw_. The ring of tiles is empty.
+  __device__ void attend_raw() {
+    __syncthreads();
+    for (int first = 0; first < unit_.rows; first += 4) {
+      warp::raw_attention<key_dim, value_dim> part(
+          [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, first + r, index, x); });
+      const block::raw_tokens tokens(a_.call, unit_.view, unit_.b, unit_.head, unit_.position[0]);
+      part.attend(
+          detail::warp_id(), tokens.count, warps, [&](int i) { return tokens.where(i); },
+          [&](int i, int r, float dot) {
+            return tokens.seen(i, unit_.position[first + r])
+                       ? unit_.shape(a_.call, variant_, dot * a_.call.options.softmax_scale, first + r, tokens.token(i))
+                       : -detail::infinity();
+          });
+      for (int r = 0; r < 4; ++r) merge::store_row(my_part(), first + r, part.row(r));
+    }
+    __syncthreads();
+    merge::join_warps(parts_, part_stride, raw_);
+  }
+
+  __device__ void store_part(const softmax& weights, const values& sum) {
+    float maximum[lane_rows], total[lane_rows], zero[lane_rows];
+    weights.finish(maximum, total, zero);
+    float* const to = my_part();
+    sum.each(zero, [&](int row, int channel, float x) { to[row * merge::row_floats + channel] = x; });
+    if (detail::lane_id() < 4)
+      for (int i = 0; i < lane_rows; ++i) {
+        float* const row = to + scores::columns::row(i) * merge::row_floats;
+        row[merge::maximum_at] = maximum[i];
+        row[merge::sum_at] = total[i];
+      }
+  }
+
+  enum part_kind { begun_before, begun_here, raw_part };
+  __device__ float* part_of(int block, part_kind kind) const {
+    return a_.parts + (static_cast<std::int64_t>(block) * 3 + kind) * merge::part_floats;
+  }
+
+  /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
+  __device__ void finish() {
+    const owners o = storage_.owner;
+    const int here = static_cast<int>(blockIdx.x);
+    bool raw = storage_.tail && unit_.has_raw();
+    const bool alone = o.first == o.tail, coded = here >= o.first && here <= o.last;
+    if (coded)
+      merge::join_warps(parts_, part_stride,
+                        alone ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
+    if (raw) attend_raw();
+    __syncthreads();
+    if (!alone) {
+      if (raw) merge::copy(raw_, part_of(here, raw_part));
+      const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
+      if (!last_to_arrive(a_.counters + o.first, others)) return;
+      raw = unit_.has_raw();
+      merge::join_blocks(
+          o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); }, parts_,
+          coded_);
+      if (raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_);
+      __syncthreads();
+    }
+    write(raw);
+  }
+  /// True in the last of others + 1 blocks, which then sees what the others have written.
+  __device__ bool last_to_arrive(std::uint32_t* counter, unsigned others) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) storage_.last = atomicInc(counter, others) == others;
+    __syncthreads();
+    if (storage_.last) __threadfence();
+    return storage_.last;
+  }
+
+  /// Moves coded rows into the original basis, adds the 16-bit tokens, and stores output and log-sum-exp.
+  __device__ void write(bool raw) {
+    using namespace packkv::detail;
+    const head_parameters head = of_head(Format::value(), a_.value, unit_.head);
+    for (int r = warp_id(); r < unit_.rows; r += warps) {
+      auto row = merge::read_row(coded_, r);
+      float* const scratch = coded_ + r * merge::row_floats;
+      __syncwarp();
+      warp::value_sum<value_dim, 1>::finish(Format::value(), head, row.channel, row.sum,
+                                            [&](int c, float x) { scratch[c] = x; });
+      __syncwarp();
+      for (int i = 0; i < value_dim / 32; ++i) row.channel[i] = scratch[lane_id() + 32 * i];
+      if (raw) row.join(merge::read_row(raw_, r));
+      unit_.write(a_.call, r, row);
+    }
+  }
+
+  static constexpr float log2e = block::decode_unit<Rows>::log2e;
+
+  const fused_args& a_;
+  const Variant& variant_;
+  temp_storage& storage_;
+  block::decode_unit<Rows>& unit_;
+  float *parts_, *coded_, *raw_;  ///< of the warps, where their tiles were; joined
+  stream stream_;
+};
+
+/// Grid: any number of blocks, which share the work; see policy::fused_blocks.
+template <class Format, int Rows, warp::copy_engine Engine, class Variant>
+__global__ void __launch_bounds__(fused_block<Format, Rows, Engine, Variant>::threads,
+                                  fused_block<Format, Rows, Engine, Variant>::shape.blocks_per_sm)
+    fused_decode(const __grid_constant__ fused_args args, const __grid_constant__ Variant variant) {
+  using block_type = fused_block<Format, Rows, Engine, Variant>;
+  __shared__ typename block_type::temp_storage storage;
+  block_type(args, variant, storage, detail::dynamic_shared()).run();
+}
+
+}  // namespace packkv::kernel

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tuning of the fused decode kernel: rows, warps and stages of a block, and how many blocks share the work.
+#pragma once
+
+#include <cstdint>
+#include <packkv/codec/pages.hpp>
+
+namespace packkv::policy {
+
+/// How a block of the fused decode kernel is built. Printable.
+struct fused_block_shape {
+  int warps = 8;
+  int stages = 2;         ///< tiles in flight or in use, of each warp
+  int blocks_per_sm = 2;  ///< that fit, by shared memory and registers
+  int shared_bytes = 0;   ///< dynamic
+};
+
+/// Shared memory of an SM of sm_90, and what the system takes of it for each block.
+inline constexpr int shared_bytes_per_sm = 228 * 1024, shared_bytes_per_block = 1024;
+
+/// Bytes that an SM should have under way or in use. More made decode slower (H100, 2026-11-25, 2.12 bits, batch 8 x 128k
+/// tokens: 136 KiB 0.222 ms, 204 KiB 0.231 ms).
+inline constexpr int bytes_in_flight = 128 * 1024;
+
+/// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, and a block that needs `fixed_bytes`
+/// of shared memory beside the ring.
+PACKKV_HOST_DEVICE constexpr fused_block_shape make_fused_shape(int stage_bytes, int rows, int value_dim,
+                                                                int fixed_bytes) {
+  fused_block_shape s;
+  const int part_bytes = rows * (value_dim + 8) * 4;  // a warp's results take the place of its tiles
+  s.blocks_per_sm = rows == 4 && value_dim <= 128 ? 2 : 1;  // 128 registers a thread
+  for (;; s.warps = s.blocks_per_sm > 1 ? s.warps : s.warps / 2, s.blocks_per_sm = 1) {
+    const int room = shared_bytes_per_sm / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - 2 * part_bytes;
+    const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * stage_bytes);
+    s.stages = min_of(min_of(max_of(wanted, 2), 4), room / (s.warps * stage_bytes));
+    const bool enough = s.stages >= 2 || (s.stages == 1 && s.warps <= 4);
+    if ((enough && s.stages * stage_bytes >= part_bytes) || s.warps == 1) break;
+  }
+  s.shared_bytes = s.warps * s.stages * stage_bytes + 2 * part_bytes;
+  return s;
+}
+
+/// Blocks of a launch when the caller leaves it to us: all that an H200's 132 SMs hold at once.
+PACKKV_HOST_DEVICE constexpr std::int64_t fused_blocks(const fused_block_shape& s) { return 132 * s.blocks_per_sm; }
+
+/// What the 16-bit tokens of a unit cost, in tiles.
+PACKKV_HOST_DEVICE constexpr std::int32_t raw_cost(std::int64_t raw_tokens) {
+  return raw_tokens == 0 ? 0 : static_cast<std::int32_t>(4 + min_of<std::int64_t>(raw_tokens, 1 << 20) / 8);
+}
+/// Query rows of one pass over the cache: 4, 8 or 16 of those of a KV head.
+constexpr int fused_rows(std::int64_t rows) { return rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
+
+}  // namespace packkv::policy

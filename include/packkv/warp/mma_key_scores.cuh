@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of the 64 keys of a coded tile against up to 16 query rows, by integer matrix products on the codes.
+// One idea: a query is a 16-bit fixed-point number per channel, its bytes are two columns of a u8 x s8 product, and so a
+// score is exact in the codes and in the rounded query (docs/numerics.md, rules 1 and 2).
+//   using scores = mma_key_scores<Codec, Rows>;   scores::prepare(storage, head, source, factor, warp, warps);
+//   __syncthreads();   scores keys(storage);   float s[8][scores::columns::lane_rows];   keys.compute(tile, s);
+#pragma once
+
+#include <packkv/codec/quantize.hpp>
+#include <packkv/detail/approx.cuh>
+#include <packkv/detail/matrix.cuh>
+#include <packkv/detail/unroll.hpp>
+#include <packkv/thread/unpack.cuh>
+#include <packkv/warp/score_columns.cuh>
+#include <packkv/warp/transform.cuh>
+
+namespace packkv::warp {
+
+/// Codec is a static key_codec.
+template <class Codec, int Rows>
+class mma_key_scores {
+ public:
+  static constexpr codec_spec spec = Codec::spec();
+  static constexpr int dim = spec.head_dim;
+  static constexpr int code_bytes = spec.code_bytes(), leading_offset = spec.leading_offset();
+  using columns = score_columns<Rows>;
+  static constexpr int lane_rows = columns::lane_rows;
+
+  /// The queries of a block, in shared memory.
+  struct temp_storage {
+    alignas(16) std::uint8_t bytes[2][Rows][dim];  ///< high and low bytes, of codes' channels alone
+    float factor[Rows];                            ///< from a product with codes to a score
+    float middle[Rows];                            ///< what the centre of the codes contributes
+    float offset[Rows];                            ///< query . channel_offset
+    float leading[spec.leading > 0 ? spec.leading : 1][Rows];
+  };
+
+  /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. Scores are
+  /// multiplied by `factor`. Row r is done by warp r % warps. The caller synchronises the block before the constructor.
+  template <class Source>
+  __device__ static void prepare(temp_storage& storage, const head_parameters& head, Source&& source, float factor,
+                                 int warp, int warps) {
+    using namespace packkv::detail;
+    for (int row = warp; row < Rows; row += warps) {
+      constexpr int registers = dim / 32;
+      int index[registers];
+      for (int i = 0; i < registers; ++i) index[i] = lane_id() + 32 * i;
+      if (spec.transform == transform_kind::permutation)
+        for (int i = 0; i < registers; ++i) index[i] = head.permutation[index[i]];
+      float q[registers], offset = 0.0f;
+      source(row, index, q);
+      bool finite = true;
+      for (int i = 0; i < registers; ++i) finite = finite && is_finite(q[i]);
+      if (head.channel_offset != nullptr)
+        for (int i = 0; i < registers; ++i) offset = fmaf(q[i], head.channel_offset[index[i]], offset);
+      if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
+      float largest = 0.0f;
+      detail::for_constants<dim / 32>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        const int c = lane_id() + 32 * i;
+        if (c < spec.leading) storage.leading[c][row] = factor * q[i] * head.leading_scale[c];
+        const int width = mma_key_scores::template width_of<i>();
+        q[i] = width > 0 && c >= spec.leading ? q[i] * column_of(head, width, c) : 0.0f;
+        largest = fmaxf(largest, fabsf(q[i]));
+      });
+      offset = warp_sum(offset);
+      largest = warp_max(largest);
+      finite = __all_sync(all_lanes, finite) != 0;
+      const float scale = largest > 0x1p-100f ? query_max / largest : 0.0f;
+      std::int32_t middle = 0;  // twice the sum
+      detail::for_constants<dim / 32>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        const int c = lane_id() + 32 * i, x = static_cast<int>(rintf(q[i] * scale)), high = (x + 128) >> 8;
+        middle += x * ((1 << mma_key_scores::template width_of<i>()) - 1);
+        storage.bytes[0][row][c] = static_cast<std::uint8_t>(high);
+        storage.bytes[1][row][c] = static_cast<std::uint8_t>(x - 256 * high);
+      });
+      const float twice_middle = warp_sum(static_cast<float>(middle));
+      if (lane_id() == 0) {
+        const float unit = scale > 0.0f ? factor / scale : 0.0f;
+        storage.factor[row] = finite ? unit : nan_float();
+        storage.middle[row] = unit * 0.5f * twice_middle;
+        storage.offset[row] = factor * offset;
+      }
+    }
+  }
+
+  __device__ explicit mma_key_scores(const temp_storage& storage) {
+    const int column = detail::lane_id() / 4, place = detail::lane_id() % 4;
+    detail::for_constants<spec.strips.count>([&](auto index) {
+      constexpr int strip = decltype(index)::value;
+      for (int n = 0; n < columns::products; ++n) {
+        const int byte = columns::paired ? column % 2 : n % 2;
+        const int row = columns::paired ? column / 2 : 8 * (n / 2) + column;
+        for (int r = 0; r < b_registers; ++r)
+          query_[strip][n][r] = *reinterpret_cast<const std::uint32_t*>(
+              &storage.bytes[byte][row][strip * spec.strips.channels + 16 * r + 4 * place]);
+      }
+    });
+    for (int i = 0; i < lane_rows; ++i) {
+      const int row = columns::row(i);
+      factor_[i] = storage.factor[row];
+      middle_[i] = storage.middle[row];
+      offset_[i] = storage.offset[row];
+      for (int c = 0; c < spec.leading; ++c) leading_[c][i] = storage.leading[c][row];
+    }
+  }
+
+  /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i. Slots that hold no token give arbitrary values,
+  /// NaN included. All lanes take part.
+  __device__ void compute(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
+    std::int32_t sum[4][columns::products][4] = {};
+    detail::for_constants<spec.strips.count>([&](auto index) {
+      constexpr int strip = decltype(index)::value;
+      if constexpr (spec.strips.width[strip] > 0) add_strip<strip>(tile, sum);
+    });
+    float row[tokens_per_lane];
+    unpack_rows(load_rows(tile + code_bytes), row);
+    detail::for_constants<tokens_per_lane>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      for (int i = 0; i < lane_rows; ++i) {
+        float x;
+        if constexpr (columns::paired)
+          x = joined(sum[k / 2][0][2 * (k % 2)], sum[k / 2][0][2 * (k % 2) + 1]);
+        else
+          x = joined(sum[k / 2][2 * (i / 2)][2 * (k % 2) + i % 2], sum[k / 2][2 * (i / 2) + 1][2 * (k % 2) + i % 2]);
+        s[k][i] = fmaf(row[k], fmaf(factor_[i], x, -middle_[i]), offset_[i]);
+      }
+    });
+    if constexpr (spec.leading > 0) add_leading(tile, s);
+  }
+
+ private:
+  static constexpr int b_registers = spec.strips.channels / 16;
+  template <int Width>
+  using unpacker = std::conditional_t<spec.strips.channels == 32, thread::unpacker<Width, thread::key_plane_32>,
+                                      thread::unpacker<Width, thread::key_plane_16>>;
+  /// Largest rounded query: its high byte is at most 127.
+  static constexpr float query_max = 32512.0f;
+
+  /// Largest sum of codes times rounded queries.
+  PACKKV_HOST_DEVICE static constexpr double largest_sum() {
+    double codes = 0.0;
+    for (int i = 0; i < spec.strips.count; ++i) codes += ((1 << spec.strips.width[i]) - 1) * spec.strips.channels;
+    return codes * 32640.0;
+  }
+  __device__ static float joined(std::int32_t high, std::int32_t low) {
+    if constexpr (largest_sum() < 2147483647.0)
+      return static_cast<float>(high * 256 + low);
+    else
+      return fmaf(256.0f, static_cast<float>(high), static_cast<float>(low));
+  }
+  /// Width of channel lane + 32 * I.
+  template <int I>
+  __device__ static int width_of() {
+    constexpr int low = spec.strips.width[32 * I / spec.strips.channels];
+    constexpr int high = spec.strips.width[(32 * I + 16) / spec.strips.channels];
+    return detail::lane_id() < 16 ? low : high;
+  }
+
+  template <int Strip>
+  __device__ void add_strip(const std::uint8_t* tile, std::int32_t (&sum)[4][columns::products][4]) const {
+    using codes = unpacker<spec.strips.width[Strip]>;
+    constexpr int low = spec.strips.low[Strip], high = spec.strips.high[Strip];
+    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
+    typename codes::words w;
+    codes::load(w, words + low, words + high, detail::lane_id());
+    detail::for_constants<4>([&](auto index) {
+      constexpr int t = decltype(index)::value;
+      std::uint32_t a[codes::registers];
+      codes::template operand<t>(w, a);
+      for (int n = 0; n < columns::products; ++n) detail::mma_u8s8(sum[t][n], a, query_[Strip][n]);
+    });
+  }
+
+  __device__ void add_leading(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
+    for (int c = 0; c < spec.leading; ++c) {
+      const auto x = detail::load8(tile + leading_offset + c * tile_tokens + 8 * (detail::lane_id() / 4));
+      for (int k = 0; k < tokens_per_lane; ++k) {
+        const auto component = static_cast<float>(static_cast<std::int8_t>(x.word[k / 4] >> 8 * (k % 4)));
+        for (int i = 0; i < lane_rows; ++i) s[k][i] = fmaf(leading_[c][i], component, s[k][i]);
+      }
+    }
+  }
+
+  std::uint32_t query_[spec.strips.count][columns::products][b_registers];
+  float factor_[lane_rows], middle_[lane_rows], offset_[lane_rows];
+  float leading_[spec.leading > 0 ? spec.leading : 1][lane_rows];
+};
+
+}  // namespace packkv::warp

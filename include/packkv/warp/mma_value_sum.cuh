@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weighted sums of the 64 values of a coded tile for up to 16 query rows, by fp16 matrix products on the codes.
+// One idea: codes stay where they lie in the word, as subnormal halves; the power of two that this means is folded into
+// the weights, which are powers of two apart for the planes of different widths.
+//   mma_value_sum<Codec, Rows> sum;   value_operand<Rows> p = softmax.weigh(...);   sum.add(tile, p);
+#pragma once
+
+#include <packkv/codec/quantize.hpp>
+#include <packkv/detail/approx.cuh>
+#include <packkv/detail/matrix.cuh>
+#include <packkv/detail/unroll.hpp>
+#include <packkv/thread/unpack.cuh>
+#include <packkv/warp/score_columns.cuh>
+
+namespace packkv::warp {
+
+/// Weights of a tile as operand B: of the tokens 16 * t on, register r the tokens 8 * r on of these.
+template <int Rows>
+struct value_operand {
+  std::uint32_t b[4][score_columns<Rows>::blocks][2];
+};
+
+/// The planes of V are added in passes, each over the strips that have a plane of that kind.
+namespace passes {
+
+struct value_pass {
+  int bits;    ///< of the plane
+  int weight;  ///< log2 of what a code of the plane counts
+  int width;   ///< of its strips, the only one or with `other`
+  int other;
+};
+inline constexpr int count = 5;
+PACKKV_HOST_DEVICE constexpr value_pass of(int pass) {
+  switch (pass) {
+    case 0:
+      return {8, 0, 8, 8};
+    case 1:
+      return {4, 0, 4, 4};
+    case 2:
+      return {2, 0, 2, 3};
+    case 3:
+      return {1, 2, 3, 3};
+    default:
+      return {1, 0, 1, 1};
+  }
+}
+PACKKV_HOST_DEVICE constexpr bool has_strip(const strip_layout& s, const value_pass& pass, int strip) {
+  return s.width[strip] == pass.width || s.width[strip] == pass.other;
+}
+PACKKV_HOST_DEVICE constexpr bool exists(const strip_layout& s, int pass) {
+  bool found = false;
+  for (int i = 0; i < s.count; ++i) found = found || has_strip(s, of(pass), i);
+  return found;
+}
+/// The pass before `pass` that has strips, or -1.
+PACKKV_HOST_DEVICE constexpr int before(const strip_layout& s, int pass) {
+  for (int i = pass - 1; i >= 0; --i)
+    if (exists(s, i)) return i;
+  return -1;
+}
+/// Power of two by which weights of the tokens 8 * k on must shrink in a pass.
+PACKKV_HOST_DEVICE constexpr int fold(int pass, int k) {
+  const value_pass p = of(pass);
+  return detail::value_field(p.bits, 0, 8 * k, 0).bit - p.weight;
+}
+PACKKV_HOST_DEVICE constexpr float power_of_two(int exponent) {
+  float x = 1.0f;
+  for (int i = 0; i < exponent; ++i) x *= 2.0f;
+  for (int i = 0; i > exponent; --i) x *= 0.5f;
+  return x;
+}
+
+}  // namespace passes
+
+/// Codec is a static value_codec. Sums are in the transformed basis, before the column scales.
+template <class Codec, int Rows>
+class mma_value_sum {
+ public:
+  static constexpr codec_spec spec = Codec::spec();
+  static constexpr int dim = spec.head_dim;
+  static constexpr int code_bytes = spec.code_bytes();
+  using columns = score_columns<Rows>;
+  static constexpr int lane_rows = columns::lane_rows;
+
+  /// log2 of how far a weight may exceed 1 before the sums are rescaled.
+  static constexpr int headroom = 8;
+  /// Weights are multiplied by 2^(power - first_fold(k)) before they are rounded to halves.
+  static constexpr int power = passes::exists(spec.strips, 3) ? 5 : 7;
+  static_assert(headroom + power + (passes::exists(spec.strips, 3) ? 2 : 0) <= 15, "weights stay below 2^15");
+  /// Fold of the first pass, for the tokens 8 * k on.
+  PACKKV_HOST_DEVICE static constexpr int first_fold(int k) { return passes::fold(first_pass(), k); }
+
+  __device__ mma_value_sum() {
+    for (int d = 0; d < strips; ++d)
+      for (int n = 0; n < columns::blocks; ++n)
+        for (int r = 0; r < 4; ++r) sum_[d][n][r] = 0.0f;
+  }
+
+  /// Multiplies the sums of the lane's rows.
+  __device__ void rescale(const float (&factor)[lane_rows]) {
+    for (int d = 0; d < strips; ++d)
+      for (int n = 0; n < columns::blocks; ++n)
+        for (int r = 0; r < 4; ++r) sum_[d][n][r] *= factor[columns::paired ? 0 : 2 * n + r % 2];
+  }
+
+  /// Adds a tile with the weights p, which come with the fold of the first pass. All lanes take part.
+  __device__ void add(const std::uint8_t* tile, value_operand<Rows> p) {
+    detail::for_constants<passes::count>([&](auto index) {
+      constexpr int pass = decltype(index)::value;
+      if constexpr (passes::exists(spec.strips, pass)) {
+        constexpr int previous = passes::before(spec.strips, pass);
+        if constexpr (previous >= 0) refold<previous, pass>(p);
+        detail::for_constants<strips>([&](auto strip) {
+          constexpr int d = decltype(strip)::value;
+          if constexpr (passes::has_strip(spec.strips, passes::of(pass), d)) add_plane<pass, d>(tile, p);
+        });
+      }
+    });
+  }
+
+  /// sink(row, channel, value): the lane's part of the sums; `zero[i]` is what the weights times row scales of its row
+  /// i add up to, in all lanes. Every (row, channel) comes once.
+  template <class Sink>
+  __device__ void each(const float (&zero)[lane_rows], Sink&& sink) const {
+    const int group = detail::lane_id() / 4;
+    detail::for_constants<strips>([&](auto index) {
+      constexpr int d = decltype(index)::value, width = spec.strips.width[d];
+      constexpr float unit = passes::power_of_two(24 - power), centre = detail::code_centre(width);
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < lane_rows; ++i) {
+          const float x = columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1]
+                                          : sum_[d][i / 2][2 * half + i % 2];
+          sink(columns::row(i), 16 * d + 8 * half + group, width == 0 ? 0.0f : fmaf(x, unit, -centre * zero[i]));
+        }
+    });
+  }
+
+ private:
+  static constexpr int strips = spec.strips.count;
+  PACKKV_HOST_DEVICE static constexpr int first_pass() {
+    for (int i = 0; i < passes::count; ++i)
+      if (passes::exists(spec.strips, i)) return i;
+    return 0;
+  }
+
+  /// Multiplies the operand by the ratio of two passes' folds.
+  template <int Before, int Pass>
+  __device__ static void refold(value_operand<Rows>& p) {
+    detail::for_constants<tokens_per_lane>([&](auto index) {
+      constexpr int k = decltype(index)::value, exponent = passes::fold(Before, k) - passes::fold(Pass, k);
+      if constexpr (exponent != 0)
+        for (int n = 0; n < columns::blocks; ++n)
+          p.b[k / 2][n][k % 2] = detail::scale_halves(p.b[k / 2][n][k % 2], passes::power_of_two(exponent));
+    });
+  }
+
+  template <int Pass, int Strip>
+  __device__ void add_plane(const std::uint8_t* tile, const value_operand<Rows>& p) {
+    using plane = thread::value_plane<passes::of(Pass).bits>;
+    constexpr int first = passes::of(Pass).weight > 0 ? spec.strips.high[Strip] : spec.strips.low[Strip];
+    std::uint32_t w[plane::words];
+    plane::load(w, reinterpret_cast<const std::uint32_t*>(tile) + first, detail::lane_id());
+    detail::for_constants<4>([&](auto index) {
+      constexpr int t = decltype(index)::value;
+      const std::uint32_t a[4] = {plane::template in_place<t, 0>(w), plane::template in_place<t, 1>(w),
+                                  plane::template in_place<t, 2>(w), plane::template in_place<t, 3>(w)};
+      for (int n = 0; n < columns::blocks; ++n) detail::mma_f16(sum_[Strip][n], a, p.b[t][n]);
+    });
+  }
+
+  float sum_[strips][columns::blocks][4];
+};
+
+}  // namespace packkv::warp

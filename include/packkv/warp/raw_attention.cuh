@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a few query rows over 16-bit tokens that lie anywhere (sinks, ring): a warp takes a token at a time.
+// One idea: lane l has the channels l, l + 32, ...; the products of several tokens and rows are summed together, and
+// each ends in lanes of its own, where its score is computed.
+//   raw_attention<KeyDim, ValueDim> rows(source);   rows.attend(first, count, step, token, score);   rows.row(r)
+#pragma once
+
+#include <packkv/warp/attention_row.cuh>
+#include <packkv/core/views.hpp>
+#include <packkv/detail/approx.cuh>
+
+namespace packkv::warp {
+
+/// Where the channels of a token lie.
+struct raw_token {
+  const char* key;
+  const char* value;
+  std::int64_t key_stride, value_stride;  ///< bytes between channels
+  dtype key_type, value_type;
+};
+
+/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come first.
+template <int Count>
+__device__ inline void load_16bit(const char* row, std::int64_t stride, dtype type, const int (&index)[Count],
+                                  float (&x)[Count]) {
+  std::uint16_t bits[Count];
+  for (int i = 0; i < Count; ++i) bits[i] = *reinterpret_cast<const std::uint16_t*>(row + index[i] * stride);
+  for (int i = 0; i < Count; ++i) {
+    const float half = detail::unpack_halves(bits[i]).low;
+    x[i] = type == dtype::float16 ? half : bfloat16_to_float(bits[i]);
+  }
+}
+
+/// Four query rows at a time; each becomes an attention_row in the original basis.
+template <int KeyDim, int ValueDim>
+class raw_attention {
+ public:
+  static constexpr int rows = 4;
+  static constexpr int at_once = KeyDim + ValueDim <= 256 ? 4 : 1;  ///< tokens in flight
+
+  /// source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. All lanes take part, here and
+  /// below.
+  template <class Source>
+  __device__ explicit raw_attention(Source&& source) {
+    int index[KeyDim / 32];
+    for (int i = 0; i < KeyDim / 32; ++i) index[i] = detail::lane_id() + 32 * i;
+    for (int r = 0; r < rows; ++r) {
+      source(r, index, query_[r]);
+      for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] = 0.0f;
+    }
+  }
+
+  /// Adds the tokens first, first + step, ... below `end`: token(i) says where number i lies, and
+  /// score(i, row, q . k) gives its score (base 2), or -inf if the row does not see it: then what it holds, NaN
+  /// included, does not reach the row.
+  template <class Token, class Score>
+  __device__ void attend(int first, int end, int step, Token&& token, Score&& score) {
+    int key_index[KeyDim / 32], value_index[ValueDim / 32];
+    for (int i = 0; i < KeyDim / 32; ++i) key_index[i] = detail::lane_id() + 32 * i;
+    for (int i = 0; i < ValueDim / 32; ++i) value_index[i] = detail::lane_id() + 32 * i;
+    for (int i0 = first; i0 < end; i0 += step * at_once) {
+      float dot[products], value[at_once][ValueDim / 32];
+      for (int j = 0; j < at_once; ++j) {
+        const raw_token from = token(min_of(i0 + j * step, end - 1));
+        float key[KeyDim / 32];
+        load_16bit(from.key, from.key_stride, from.key_type, key_index, key);
+        load_16bit(from.value, from.value_stride, from.value_type, value_index, value[j]);
+        for (int r = 0; r < rows; ++r) {
+          dot[j * rows + r] = 0.0f;
+          for (int i = 0; i < KeyDim / 32; ++i) dot[j * rows + r] = fmaf(query_[r][i], key[i], dot[j * rows + r]);
+        }
+      }
+      const float sum = share_out(dot);
+      const int mine = detail::lane_id() >> product_shift, i = i0 + mine / rows * step;
+      add(i < end ? score(i, mine % rows, sum) : -detail::infinity(), value);
+    }
+  }
+
+  __device__ attention_row<ValueDim> row(int r) const {
+    attention_row<ValueDim> x;
+    x.maximum = detail::shuffle(maximum_, r << product_shift);
+    x.sum = detail::shuffle(sum_, r << product_shift);
+    for (int i = 0; i < ValueDim / 32; ++i) x.channel[i] = channel_[r][i];
+    return x;
+  }
+
+ private:
+  static constexpr int products = at_once * rows;
+  /// Product p = token * rows + row is summed in the lanes p << product_shift and the following.
+  static constexpr int product_shift = products == 16 ? 1 : 3;
+
+  /// Sums each product over the lanes: every step halves the products that a lane keeps.
+  __device__ static float share_out(float (&x)[products]) {
+    int count = products;
+#pragma unroll
+    for (int m = detail::warp_threads / 2; m > 0; m /= 2) {
+      const bool upper = (detail::lane_id() & m) != 0;
+      if (count > 1) {
+        count /= 2;
+#pragma unroll
+        for (int p = 0; p < products / 2; ++p)
+          if (p < count) {
+            const float keep = upper ? x[p + count] : x[p], give = upper ? x[p] : x[p + count];
+            x[p] = keep + detail::shuffle_xor(give, m);
+          }
+      } else {
+        x[0] += detail::shuffle_xor(x[0], m);
+      }
+    }
+    return x[0];
+  }
+
+  /// Adds tokens whose scores lie in the lanes of their products.
+  __device__ void add(float s, const float (&value)[at_once][ValueDim / 32]) {
+    constexpr int next_token = rows << product_shift;
+    float top = fmaxf(maximum_, s);
+    for (int m = next_token; m < detail::warp_threads; m *= 2) top = fmaxf(top, detail::shuffle_xor(top, m));
+    const float keep = detail::exp2_fast(maximum_ - top), weight = detail::exp2_fast(s - top);
+    float all = weight;
+    for (int m = next_token; m < detail::warp_threads; m *= 2) all += detail::shuffle_xor(all, m);
+    maximum_ = top;
+    sum_ = fmaf(sum_, keep, all);
+    for (int r = 0; r < rows; ++r) {
+      const float keep_row = detail::shuffle(keep, r << product_shift);
+      for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] *= keep_row;
+      for (int j = 0; j < at_once; ++j) {
+        const float w = detail::shuffle(weight, (j * rows + r) << product_shift);
+        if (w != 0.0f)  // the same in all lanes
+          for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] = fmaf(w, value[j][i], channel_[r][i]);
+      }
+    }
+  }
+
+  float query_[rows][KeyDim / 32], channel_[rows][ValueDim / 32];
+  float maximum_ = attention_row<ValueDim>::lowest, sum_ = 0.0f;  ///< of row (lane >> product_shift) % rows
+};
+
+}  // namespace packkv::warp

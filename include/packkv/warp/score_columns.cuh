@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which lane holds the score of which token and query row in the kernels that use matrix instructions.
+// One idea: a product with queries as columns gives a lane two neighbouring columns. With up to four rows these are the
+// high and the low byte of one row, so that all eight columns work; with more rows they are two rows.
+//   using columns = score_columns<Rows>;   float s[tokens_per_lane][columns::lane_rows];
+#pragma once
+
+#include <packkv/codec/strips.hpp>
+#include <packkv/detail/approx.cuh>
+
+namespace packkv::warp {
+
+/// Tokens of a tile that a lane has scores of: score k is of token 8 * k + lane / 4.
+inline constexpr int tokens_per_lane = tile_tokens / 8;
+
+/// Rows = 4, 8 or 16 query rows (query token x query head) of one KV head.
+template <int Rows>
+struct score_columns {
+  static_assert(Rows == 4 || Rows == 8 || Rows == 16, "kernels take 4, 8 or 16 query rows at a time");
+  static constexpr bool paired = Rows == 4;              ///< a row has two columns: high and low byte
+  static constexpr int blocks = paired ? 1 : Rows / 8;   ///< of eight columns
+  static constexpr int lane_rows = paired ? 1 : 2 * blocks;  ///< rows that a lane has scores of
+  static constexpr int products = paired ? 1 : 2 * blocks;   ///< of K: paired, or high and low byte of each block
+
+  /// Row number i (0..lane_rows - 1) of a lane.
+  __device__ static int row(int i) {
+    const int place = detail::lane_id() % 4;
+    return paired ? place : 8 * (i / 2) + 2 * place + i % 2;
+  }
+};
+
+/// The 16-bit row data of a lane's eight tokens; `rows`: that of the 64 tokens of a tile, 16-byte aligned.
+__device__ inline detail::bytes16 load_rows(const std::uint8_t* rows) {
+  return detail::load16(rows + 16 * (detail::lane_id() / 4));
+}
+__device__ inline void unpack_rows(const detail::bytes16& rows, float (&row)[tokens_per_lane]) {
+  for (int i = 0; i < tokens_per_lane / 2; ++i) {
+    const detail::two_floats x = detail::unpack_halves(rows.word[i]);
+    row[2 * i] = x.low;
+    row[2 * i + 1] = x.high;
+  }
+}
+
+}  // namespace packkv::warp

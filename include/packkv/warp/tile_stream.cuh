@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of one KV head that a warp has to visit, brought into shared memory ahead of their use.
+// One idea: page ids are looked up 32 tiles at a time, a lane each; a tile without a page is passed over.
+//   tile_stream<Format, 2, Engine> stream(storage, buffers);
+//   stream.open(cache, report, b, head, first, end, step);
+//   while (stream.next(tile, keys, values)) { use them; stream.release(); }
+#pragma once
+
+#include <packkv/codec/pages.hpp>
+#include <packkv/detail/report.cuh>
+#include <packkv/warp/tile_ring.cuh>
+
+namespace packkv::warp {
+
+template <class Format, int Stages, copy_engine Engine>
+class tile_stream {
+ public:
+  static constexpr int key_bytes = Format::key_tile_bytes, value_bytes = Format::value_tile_bytes;
+  static constexpr int stage_bytes = key_bytes + value_bytes;
+  static constexpr int buffer_bytes = Stages * stage_bytes;
+  using ring_type = tile_ring<Stages, resolved(Engine)>;
+  using temp_storage = typename ring_type::temp_storage;
+
+  /// `buffers`: buffer_bytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
+  __device__ tile_stream(temp_storage& storage, std::uint8_t* buffers) : ring_(storage, buffers, stage_bytes) {}
+
+  /// Starts to fetch the tiles first, first + step, ... below `end` of a sequence and KV head. What is wrong with their
+  /// pages is reported.
+  __device__ void open(const cache_view& cache, device_report* report, std::int64_t b, int head, int first, int end,
+                       int step) {
+    cache_ = &cache;
+    report_ = report;
+    b_ = b;
+    keys_ = static_cast<const std::uint8_t*>(cache.pages.key_data) + head * cache.pages.key_head_stride;
+    values_ = static_cast<const std::uint8_t*>(cache.pages.value_data) + head * cache.pages.value_head_stride;
+    next_ = first;
+    end_ = end;
+    step_ = step;
+    known_ = 0;
+#pragma unroll 1
+    for (int i = 0; i < Stages; ++i) request();
+  }
+
+  /// Waits for the next tile; false if there is none. `tile` is its number in the sequence.
+  __device__ bool next(int& tile, const std::uint8_t*& keys, const std::uint8_t*& values) {
+    if (ring_.waiting() == 0) return false;
+    keys = ring_.wait();
+    values = keys + key_bytes;
+    tile = ring_.tag();
+    return true;
+  }
+  /// All lanes have read that tile.
+  __device__ void release() {
+    ring_.release();
+    request();
+  }
+
+ private:
+  /// Fetches the next tile that has a page.
+  __device__ void request() {
+    using namespace packkv::detail;
+    for (; next_ < end_; next_ += step_) {
+      if (known_ == 0) look_up();
+      const int lane = warp_threads - known_;
+      const std::int32_t page = shuffle(page_, lane), slot = shuffle(slot_, lane);
+      --known_;
+      if (page < 0) continue;
+      const pages_view& pages = cache_->pages;
+      ring_.request({keys_ + page * pages.key_page_stride + static_cast<std::int64_t>(slot) * key_bytes, key_bytes},
+                    {values_ + page * pages.value_page_stride + static_cast<std::int64_t>(slot) * value_bytes, value_bytes},
+                    next_);
+      next_ += step_;
+      return;
+    }
+  }
+  /// Finds where the next 32 tiles lie, a lane each.
+  __device__ void look_up() {
+    std::uint32_t flags = 0;
+    const int tile = next_ + detail::lane_id() * step_, per_page = cache_->pages.tiles_per_page;
+    page_ = tile < end_ ? find_page(cache_->table, cache_->pages.num_pages, b_, tile / per_page, flags) : -1;
+    slot_ = tile % per_page;
+    detail::add_report(report_, flags, 0);
+    known_ = detail::warp_threads;
+  }
+
+  ring_type ring_;
+  const cache_view* cache_ = nullptr;
+  device_report* report_ = nullptr;
+  const std::uint8_t *keys_ = nullptr, *values_ = nullptr;  ///< of this head, in page 0
+  std::int64_t b_ = 0;
+  int next_ = 0, end_ = 0, step_ = 1, known_ = 0;
+  std::int32_t page_ = -1, slot_ = 0;
+};
+
+}  // namespace packkv::warp
