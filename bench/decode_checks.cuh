@@ -77,7 +77,8 @@ inline double require_close(const char* what, const std::vector<float>& x, const
   return worst;
 }
 
-inline constexpr double query_bound = 3e-2;  ///< of one query, against exact attention on the same codes
+/// Of one query head, on random data, where a tile left out of a million tokens makes 8e-3.
+inline constexpr double query_bound = 5e-3;
 
 /// decode_attention on two short sequences against its definition, packkv::reference::decode_attention.
 template <class Format>
