@@ -19,8 +19,8 @@ inline constexpr int heads = 8;   ///< columns of a matrix instruction: query he
 inline constexpr int row_bytes =
     2 * dim + 16;  ///< a token in shared memory; 16 more, so that ldmatrix has no conflicts
 inline constexpr int side_bytes = warp_tokens * row_bytes, stage_bytes = 2 * side_bytes;
-inline constexpr int shared_bytes = warps * stages * stage_bytes;
-inline constexpr int merge_row = dim + 4;  ///< floats of a partial row: output, maximum, sum
+inline constexpr int shared_bytes = warps * stages * stage_bytes;  ///< 204 KiB: sm_90, sm_100
+inline constexpr int merge_row = dim + 4;                          ///< floats of a partial row: output, maximum, sum
 static_assert(warps * heads * merge_row * 4 <= shared_bytes, "the warps' rows reuse the stages");
 
 /// Where a sequence begins: tokens and steps of one KV head in the sequences before it. One more entry ends the list.
