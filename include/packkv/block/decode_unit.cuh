@@ -44,6 +44,7 @@ struct decode_sequence {
   __device__ std::int64_t units(const decode_call& call) const {
     return static_cast<std::int64_t>(chunks) * call.cache.pages.kv_heads;
   }
+  __device__ bool has_raw() const { return view.sinks > 0 || view.ring_begin < view.length; }
 
  private:
   __device__ void find(const decode_call& call, int rows, std::uint32_t& flags) {
@@ -67,22 +68,48 @@ struct decode_sequence {
   }
 };
 
-/// The 16-bit tokens of a sequence and KV head that a query at `first_position` or later may see: sinks, then ring.
+/// Tokens of one row and KV head of an overlay, in 16 bits.
+struct overlay_tokens {
+  const char *key, *value;               ///< of slot 0
+  std::int64_t key_token, value_token;   ///< bytes between tokens
+  std::int64_t key_stride, value_stride;  ///< bytes between channels
+  dtype key_type, value_type;
+
+  __device__ void set(const input_view<4>& k, const input_view<4>& v, std::int64_t row, int head) {
+    key = static_cast<const char*>(detail::address(k, row, head, 0, 0));
+    value = static_cast<const char*>(detail::address(v, row, head, 0, 0));
+    key_token = k.stride[2];
+    value_token = v.stride[2];
+    key_stride = k.stride[3];
+    value_stride = v.stride[3];
+    key_type = k.type;
+    value_type = v.type;
+  }
+};
+
+/// The 16-bit tokens of a sequence and KV head that a query at `first_position` or later may see: sinks, then ring. In
+/// shared memory.
 class raw_tokens {
  public:
   int count;
 
-  __device__ raw_tokens(const decode_call& call, const detail::visibility& view, std::int64_t b, int head,
-                        std::int64_t first_position)
-      : cache_(call.cache), view_(view), b_(b), ring_row_(b), head_(head), ring_first_(view.length) {
+  /// By one thread.
+  __device__ void set(const decode_call& call, const detail::visibility& view, std::int64_t b, int head,
+                      std::int64_t first_position) {
+    const cache_view& cache = call.cache;
+    sinks_ = view.sinks;
+    ring_first_ = view.length;
+    capacity_ = 1;
+    ring_slot_ = 0;
+    if (sinks_ > 0) overlay_[0].set(cache.sinks.keys, cache.sinks.values, b, head);
     if (view.ring_begin < view.length) {
-      if (cache_.ring.row != nullptr) ring_row_ = cache_.ring.row[b];
+      overlay_[1].set(cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head);
       ring_first_ = static_cast<int>(max_of<std::int64_t>(max_of(view.ring_begin, view.sinks),
                                                           token_at(view, first_position - view.ring_window + 1)));
-      capacity_ = static_cast<int>(cache_.ring.keys.extent[2]);
+      capacity_ = static_cast<int>(cache.ring.keys.extent[2]);
       ring_slot_ = ring_first_ % capacity_;
     }
-    count = view.sinks + max_of(view.length - ring_first_, 0);
+    count = sinks_ + max_of(view.length - ring_first_, 0);
   }
   /// Brings them nearer. By `threads` threads, each with its number.
   template <int KeyDim, int ValueDim>
@@ -94,30 +121,23 @@ class raw_tokens {
       for (int c = 0; c < ValueDim; c += apart) detail::prefetch(t.value + c * t.value_stride);
     }
   }
-  __device__ int token(int i) const { return i < view_.sinks ? i : ring_first_ + i - view_.sinks; }
-  __device__ bool seen(int i, std::int64_t query_position) const {
+  __device__ int token(int i) const { return i < sinks_ ? i : ring_first_ + i - sinks_; }
+  __device__ bool seen(const detail::visibility& view, int i, std::int64_t query_position) const {
     const int t = token(i);
-    return view_.visible(t, query_position) && (i < view_.sinks || view_.in_ring(t, query_position));
+    return view.visible(t, query_position) && (i < sinks_ || view.in_ring(t, query_position));
   }
   __device__ warp::raw_token where(int i) const {
-    const bool sink = i < view_.sinks;
-    const int ring_slot = ring_slot_ + i - view_.sinks;
+    const bool sink = i < sinks_;
+    const int ring_slot = ring_slot_ + i - sinks_;
     const int slot = sink ? i : ring_slot < capacity_ ? ring_slot : ring_slot - capacity_;
-    const input_view<4>&k = sink ? cache_.sinks.keys : cache_.ring.keys, &v = sink ? cache_.sinks.values : cache_.ring.values;
-    const std::int64_t row = sink ? b_ : ring_row_;
-    return {static_cast<const char*>(detail::address(k, row, head_, slot, 0)),
-            static_cast<const char*>(detail::address(v, row, head_, slot, 0)),
-            k.stride[3],
-            v.stride[3],
-            k.type,
-            v.type};
+    const overlay_tokens& o = overlay_[sink ? 0 : 1];
+    return {o.key + slot * o.key_token, o.value + slot * o.value_token, o.key_stride, o.value_stride, o.key_type,
+            o.value_type};
   }
 
  private:
-  const cache_view& cache_;
-  const detail::visibility& view_;
-  std::int64_t b_, ring_row_;
-  int head_, ring_first_, ring_slot_ = 0, capacity_ = 1;
+  overlay_tokens overlay_[2];
+  int sinks_, ring_first_, ring_slot_, capacity_;
 };
 
 /// A unit of work, in shared memory.
@@ -132,6 +152,7 @@ struct decode_unit {
   std::int64_t position[Rows];  ///< of rows that do not exist: the last row's
   token_range range[Rows];
   int query_head[Rows];
+  raw_tokens raw;
 
   /// Unit `number` of a sequence. By the whole block; a barrier must follow.
   __device__ void set(const decode_call& call, const decode_sequence& s, int number) {
@@ -142,6 +163,7 @@ struct decode_unit {
       head = kv_head;
       rows = min_of(Rows, all - first_row);
     }
+    if (threadIdx.x == detail::warp_threads && s.has_raw()) raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
     if (threadIdx.x < Rows) {
       const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1), token = row / call.group;
       query_token[r] = s.query_begin + token;
@@ -186,9 +208,16 @@ struct decode_unit {
     using namespace packkv::detail;
     const bool empty = row.sum == 0.0f;
     const float inverse = 1.0f / row.sum;
-    for (int i = 0; i < ValueDim / 32; ++i)
-      store_element(address(call.out, query_token[r], query_head[r], lane_id() + 32 * i), call.out.type,
-                    empty ? 0.0f : row.channel[i] * inverse);
+    char* to = static_cast<char*>(address(call.out, query_token[r], query_head[r], lane_id()));
+    for (int i = 0; i < ValueDim / 32; ++i, to += 32 * call.out.stride[2]) {
+      const float x = empty ? 0.0f : row.channel[i] * inverse;
+      if (call.out.type == dtype::float32)
+        *reinterpret_cast<float*>(to) = x;
+      else
+        *reinterpret_cast<std::uint16_t*>(to) = call.out.type == dtype::float16
+                                                    ? static_cast<std::uint16_t>(pack_halves(x, 0.0f))
+                                                    : float_to_bfloat16(x);
+    }
     if (call.lse.data != nullptr && lane_id() == 0) {
       const float base2 = row.maximum + log2f(row.sum);
       const float unit = call.options.base == lse_base::two ? 1.0f : 1.0f / log2e;

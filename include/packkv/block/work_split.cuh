@@ -14,7 +14,7 @@ inline constexpr int max_split_sequences = 256;  ///< sequences of one launch
 /// From so many blocks per unit on, one of them does nothing but the unit's tail.
 inline constexpr std::int64_t blocks_with_own_tail = 8;
 /// What it costs a block to begin and to end a unit, in tiles.
-inline constexpr std::int32_t unit_cost = 12;
+inline constexpr std::int32_t unit_cost = 24;
 
 /// a / b and a % b of a >= 0, b > 0: in 32 bits where they fit, which is several times faster.
 struct quotient {

@@ -152,6 +152,29 @@ std::int64_t decode_workspace_bytes(const decode_maxima& m) {
   return bytes.valid() ? bytes.value() : -1;
 }
 
+/// decode_attention with scores that the caller changes: a bias by position, a mask of one's own.
+/// \param variant trivially copyable; what it must have, block::plain_scores shows. It sees every score that is not masked
+/// out already, once, as softmax_scale * q . k before the soft cap, and may return -inf to leave the token out. Positions
+/// are those of the sequence, which permuting formats would not keep: plan formats do.
+/// The format's plans are known at compile time (cache_format of key_codec and value_codec).
+template <class Format, class Variant>
+status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
+                        const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
+                        const attention_options& options, const Variant& variant, const exec& e) {
+  static_assert(detail::has_fused_kernel<Format>::value,
+                "score variants need a cache_format whose K and V have plans known at compile time");
+  static_assert(std::is_trivially_copyable_v<Variant>, "a variant is a kernel argument");
+  if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
+  if (cache.batch == 0 || queries.extent[0] == 0) return {};
+  kernel::fused_args args{};
+  args.call = {cache, queries, query_start_loc, out, lse, options,
+               static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads)};
+  args.key = params.key;
+  args.value = params.value;
+  args.report = e.report;
+  return detail::launch_fused<Format>(args, e, variant);
+}
+
 /// out = softmax(scale * q.K^T + mask) V over the coded tiles, sinks and ring of a cache, in stream order.
 /// \param queries device memory [tokens, query_heads, D_k], float16 or bfloat16; the tokens of sequence b are
 ///        query_start_loc[b] .. query_start_loc[b+1]-1 (device int32 [batch + 1]; 0 tokens = padding). Query i of n
@@ -167,20 +190,13 @@ template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
                         const attention_options& options, const exec& e) {
+  if constexpr (detail::has_fused_kernel<Format>::value)
+    return decode_attention(queries, query_start_loc, cache, params, out, lse, options, block::plain_scores{}, e);
   if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
   if (cache.batch == 0 || queries.extent[0] == 0) return {};
-  const auto group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
-  if constexpr (detail::has_fused_kernel<Format>::value) {
-    kernel::fused_args args{};
-    args.call = {cache, queries, query_start_loc, out, lse, options, group};
-    args.key = params.key;
-    args.value = params.value;
-    args.report = e.report;
-    return detail::launch_fused<Format>(args, e, block::plain_scores{});
-  }
   kernel::decode_args args{};
-  args.group = group;
-  const checked rows = checked(group) * options.max_query_len;
+  args.group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
+  const checked rows = checked(args.group) * options.max_query_len;
   const auto grid =
       policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
   if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;

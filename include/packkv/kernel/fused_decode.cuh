@@ -12,7 +12,6 @@
 #include <packkv/warp/mma_key_scores.cuh>
 #include <packkv/warp/raw_attention.cuh>
 #include <packkv/warp/tile_stream.cuh>
-#include <packkv/warp/value_sum.cuh>
 
 namespace packkv::kernel {
 
@@ -109,7 +108,7 @@ class fused_block {
     if (item >= end) return false;
     const int index = storage_.items.owner(a_.sequences, item);
     const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, nullptr);
-    const std::int64_t items = storage_.items.items_of(cost_of(s)), begin = storage_.items.begin[index];
+    const std::int64_t items = storage_.items.items_of(storage_.items.cost[index]), begin = storage_.items.begin[index];
     const auto number = static_cast<int>(block::quotient(item - begin, items).whole);
     const std::int64_t unit_begin = begin + number * items, unit_end = unit_begin + items;
     __syncthreads();
@@ -145,7 +144,7 @@ class fused_block {
     const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
     const int end_tile = min_of(storage_.hi, ceil_div(ranges.any.end, tile_tokens));
     if (storage_.tail && unit_.has_raw())
-      raw_tokens().template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
+      unit_.raw.template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
     stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
     __syncthreads();
 
@@ -179,23 +178,20 @@ class fused_block {
     __syncthreads();
   }
 
-  __device__ block::raw_tokens raw_tokens() const {
-    return {a_.call, unit_.view, unit_.b, unit_.head, unit_.position[0]};
-  }
   static constexpr int part_stride = stream::buffer_bytes / 4;
   __device__ float* my_part() const { return parts_ + detail::warp_id() * part_stride; }
 
   /// Attends to sinks and ring, into raw_. The ring of tiles is empty.
   __device__ void attend_raw() {
     __syncthreads();
-    const block::raw_tokens tokens = raw_tokens();
+    const block::raw_tokens& tokens = unit_.raw;
     for (int first = 0; first < unit_.rows; first += 4) {
       warp::raw_attention<key_dim, value_dim> part(
           [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, first + r, index, x); });
       part.attend(
           detail::warp_id(), tokens.count, warps, [&](int i) { return tokens.where(i); },
           [&](int i, int r, float dot) {
-            return tokens.seen(i, unit_.position[first + r])
+            return tokens.seen(unit_.view, i, unit_.position[first + r])
                        ? unit_.shape(a_.call, variant_, dot * a_.call.options.softmax_scale, first + r, tokens.token(i))
                        : -detail::infinity();
           });
@@ -267,8 +263,7 @@ class fused_block {
       auto row = merge::read_row(coded_, r);
       float* const scratch = coded_ + r * merge::row_floats;
       __syncwarp();
-      warp::value_sum<value_dim, 1>::finish(Format::value(), head, row.channel, row.sum,
-                                            [&](int c, float x) { scratch[c] = x; });
+      values::finish(head, row.channel, row.sum, [&](int c, float x) { scratch[c] = x; });
       __syncwarp();
       for (int i = 0; i < value_dim / 32; ++i) row.channel[i] = scratch[lane_id() + 32 * i];
       if (raw) row.join(merge::read_row(raw_, r));

@@ -11,6 +11,7 @@
 #include <packkv/detail/unroll.hpp>
 #include <packkv/thread/unpack.cuh>
 #include <packkv/warp/score_columns.cuh>
+#include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
 
@@ -133,6 +134,20 @@ class mma_value_sum {
           sink(columns::row(i), 16 * d + 8 * half + group, width == 0 ? 0.0f : fmaf(x, unit, -centre * zero[i]));
         }
     });
+  }
+
+  /// Applies columns, inverse basis and offset to one finished row (lane l: channels l, l + 32, ...) whose weights add up
+  /// to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
+  template <class Sink>
+  __device__ static void finish(const head_parameters& head, float (&y)[dim / 32], float weight, Sink&& sink) {
+    detail::for_constants<dim / 32>([&](auto index) {
+      constexpr int i = decltype(index)::value, low = spec.strips.width[2 * i], high = spec.strips.width[2 * i + 1];
+      const bool upper = detail::lane_id() >= 16;
+      if constexpr (low > 0 || high > 0)  // sums of channels without codes are 0
+        y[i] *= detail::column_of(head, upper ? high : low, detail::lane_id() + 32 * i);
+    });
+    store_inverse<dim>(spec.transform, head.permutation, y,
+                       [&](int c, float x) { sink(c, fmaf(weight, head.offset(c), x)); });
   }
 
  private:

@@ -21,10 +21,10 @@ struct raw_token {
 
 template <int Count>
 __device__ inline void convert_16bit(const std::uint16_t (&bits)[Count], dtype type, float (&x)[Count]) {
-  for (int i = 0; i < Count; ++i) {
-    const float half = detail::unpack_halves(bits[i]).low;
-    x[i] = type == dtype::float16 ? half : bfloat16_to_float(bits[i]);
-  }
+  if (type == dtype::float16)
+    for (int i = 0; i < Count; ++i) x[i] = detail::unpack_halves(bits[i]).low;
+  else
+    for (int i = 0; i < Count; ++i) x[i] = bfloat16_to_float(bits[i]);
 }
 
 /// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come first.
@@ -39,8 +39,8 @@ __device__ inline void load_16bit(const char* row, std::int64_t stride, dtype ty
 /// The bits of the channels lane, lane + 32, ... of a token.
 template <int Count>
 __device__ inline void load_channels(const char* token, std::int64_t stride, std::uint16_t (&bits)[Count]) {
-  for (int i = 0; i < Count; ++i)
-    bits[i] = *reinterpret_cast<const std::uint16_t*>(token + (detail::lane_id() + 32 * i) * stride);
+  const char* from = token + detail::lane_id() * stride;
+  for (int i = 0; i < Count; ++i, from += 32 * stride) bits[i] = *reinterpret_cast<const std::uint16_t*>(from);
 }
 /// Four query rows at a time; each becomes an attention_row in the original basis.
 template <int KeyDim, int ValueDim>
@@ -145,15 +145,19 @@ class raw_attention {
     for (int m = next_token; m < detail::warp_threads; m *= 2) all += detail::shuffle_xor(all, m);
     maximum_ = top;
     sum_ = fmaf(sum_, keep, all);
+    float weights[rows][at_once], finite = 0.0f;
     for (int r = 0; r < rows; ++r) {
       const float keep_row = detail::shuffle(keep, r << product_shift);
       for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] *= keep_row;
-      for (int j = 0; j < at_once; ++j) {
-        const float w = detail::shuffle(weight, (j * rows + r) << product_shift);
-        if (w != 0.0f)  // the same in all lanes
-          for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] = fmaf(w, value[j][i], channel_[r][i]);
-      }
+      for (int j = 0; j < at_once; ++j) weights[r][j] = detail::shuffle(weight, (j * rows + r) << product_shift);
     }
+    for (int j = 0; j < at_once; ++j)
+      for (int i = 0; i < ValueDim / 32; ++i) finite = fmaf(value[j][i], 0.0f, finite);
+    const bool all_finite = __all_sync(detail::all_lanes, finite == 0.0f) != 0;
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < at_once; ++j)
+        if (all_finite || weights[r][j] != 0.0f)  // the same in all lanes; 0 * NaN is no 0
+          for (int i = 0; i < ValueDim / 32; ++i) channel_[r][i] = fmaf(weights[r][j], value[j][i], channel_[r][i]);
   }
 
   float query_[rows][KeyDim / 32], channel_[rows][ValueDim / 32];
