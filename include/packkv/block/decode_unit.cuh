@@ -104,8 +104,8 @@ class raw_tokens {
     if (sinks_ > 0) overlay_[0].set(cache.sinks.keys, cache.sinks.values, b, head);
     if (view.ring_begin < view.length) {
       overlay_[1].set(cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head);
-      ring_first_ = static_cast<int>(max_of<std::int64_t>(max_of(view.ring_begin, view.sinks),
-                                                          token_at(view, first_position - view.ring_window + 1)));
+      ring_first_ =
+          max_of(max_of(view.ring_begin, view.sinks), token_at(view, first_position - view.ring_window + 1));
       capacity_ = static_cast<int>(cache.ring.keys.extent[2]);
       ring_slot_ = ring_first_ % capacity_;
     }

@@ -14,22 +14,22 @@ struct token_range {
 };
 
 /// First local token whose position is at least p.
-__device__ inline std::int64_t token_at(const detail::visibility& view, std::int64_t p) {
+__device__ inline std::int32_t token_at(const detail::visibility& view, std::int64_t p) {
   std::int64_t d = p - view.position_offset;
-  if (view.position_stride != 1)
-    d = (d + view.position_stride - 1) / view.position_stride;  // slow
-  return min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length);
+  if (view.position_stride != 1) d = (d + view.position_stride - 1) / view.position_stride;  // slow
+  return static_cast<std::int32_t>(min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length));
 }
 
-/// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them.
+/// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them. What a call does
+/// not use costs it no arithmetic.
 __device__ inline token_range coded_range(const detail::visibility& view, std::int64_t p) {
-  std::int64_t begin = max_of<std::int64_t>(view.sinks, token_at(view, view.kv_begin));
+  std::int32_t begin = view.sinks, end = view.length;
+  if (view.kv_begin > 0) begin = max_of(begin, token_at(view, view.kv_begin));
   if (view.window > 0) begin = max_of(begin, token_at(view, p - view.window + 1));
-  std::int64_t end = view.length;
   if (view.causal) end = min_of(end, token_at(view, p + 1));
   if (view.ring_begin < view.length)
-    end = min_of(end, max_of<std::int64_t>(view.ring_begin, token_at(view, p - view.ring_window + 1)));
-  return {static_cast<std::int32_t>(begin), static_cast<std::int32_t>(max_of(begin, end))};
+    end = min_of(end, max_of(view.ring_begin, token_at(view, p - view.ring_window + 1)));
+  return {begin, max_of(begin, end)};
 }
 
 /// What the rows see together.
