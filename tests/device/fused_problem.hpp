@@ -19,14 +19,26 @@ using mixed =
     fused_format<128, 128, pk::plan<4, 3, 1, 0>, pk::plan<8, 4, 3, 2, 2, 1, 1, 0>, pk::permutation, pk::identity, 2>;
 using dim_64 = fused_format<64, 64, pk::plan<8, 4, 3, 1>, pk::plan<3, 2, 1, 1>, pk::hadamard, pk::permutation, 1>;
 
-/// Queries in 16 bits, weights in halves: against double, relative to the norm of an output row.
-inline constexpr double fused_tolerance = 2e-3;
+/// Queries in 16 bits, weights in halves: against double, relative to the norm of an output row. Queries are rounded
+/// after they are multiplied by the steps of the codes, so that channels of 8 bits get few of the 16 where others
+/// have 1.
+template <class Format>
+constexpr double fused_tolerance() {
+  constexpr pk::codec_spec spec = Format::key();
+  bool fine = false, coarse = false;
+  for (int i = 0; i < spec.strips.count; ++i) {
+    fine = fine || spec.strips.width[i] == 8;
+    coarse = coarse || spec.strips.width[i] == 1;
+  }
+  return fine && coarse ? 6e-3 : 2e-3;
+}
 
 /// The rows that the device gives are the reference's, within the tolerance. Rows differ relative to their norm or, if
 /// that is larger, `floor`.
-template <class Result>
-void check_rows(const Result& got, const Result& expected, int dim, double tolerance = fused_tolerance,
+template <class Format, class Result>
+void check_rows(const Result& got, const Result& expected, double tolerance = fused_tolerance<Format>(),
                 double floor = 1e-3) {
+  constexpr int dim = Format::value_head_dim;
   double worst = 0.0;
   for (std::size_t first = 0; first < got.out.size(); first += static_cast<std::size_t>(dim)) {
     double difference = 0.0, norm = 0.0;
@@ -50,7 +62,7 @@ void check_random_call(random_source& random, int group) {
   INFO("head dims " << Format::key_head_dim << " " << Format::value_head_dim << ", group " << group << ", query tokens "
                     << problem.options.max_query_len);
   const auto expected = problem.reference(), got = problem.device();
-  check_rows(got, expected, Format::value_head_dim);
+  check_rows<Format>(got, expected);
   CHECK(cache.gpu_report().flags == cache.report.flags);
 }
 
