@@ -33,16 +33,17 @@ struct known_work {
   std::int32_t share[samples], sequence[samples];          ///< that have it
 };
 
+template <int Threads>
 __global__ void share_work(const pk::block::sequence_cost* costs, int batch, std::int64_t blocks, known_work* out) {
   __shared__ pk::block::sequence_items items;
-  items.build<threads>(batch, blocks, [&](int b) { return costs[b]; });
+  items.build<Threads>(batch, blocks, [&](int b) { return costs[b]; });
   const pk::block::even_shares shares = items.shares(batch, blocks);
   const std::int64_t total = items.begin[batch];
-  for (int b = static_cast<int>(threadIdx.x); b <= batch; b += threads) {
+  for (int b = static_cast<int>(threadIdx.x); b <= batch; b += Threads) {
     out->begin[b] = items.begin[b];
     if (b < batch) out->items[b] = items.items_of(costs[b]);
   }
-  for (int i = static_cast<int>(threadIdx.x); i < samples; i += threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < samples; i += Threads) {
     if (i <= shares.blocks()) out->share_begin[i] = shares.begin(i);
     const std::int64_t item = total <= samples   ? (i < total ? i : total - 1)
                               : i == samples - 1 ? total - 1
@@ -69,7 +70,7 @@ void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int64
   const device_array<pk::block::sequence_cost> device_costs(costs);
   device_array<known_work> device_work(1);
   device_work.poison();
-  REQUIRE(pk::detail::launch(share_work, dim3(1), threads, cudaStream_t{}, device_costs.data(), batch, blocks,
+  REQUIRE(pk::detail::launch(share_work<threads>, dim3(1), threads, cudaStream_t{}, device_costs.data(), batch, blocks,
                              device_work.data()));
   const known_work w = device_work.host()[0];
   int wrong_begin = w.begin[0] != 0, short_units = 0, unaligned = 0;
