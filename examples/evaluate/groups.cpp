@@ -6,6 +6,7 @@
 #include <packkv/reference/grouped.hpp>
 #include <packkv/reference/strip_adaptive.hpp>
 
+#include "packs.hpp"
 #include "text.hpp"
 
 namespace evaluate {
@@ -17,29 +18,12 @@ using packkv::grouped_spec;
 using packkv::side;
 using packkv::step_rule;
 
-bool parse_axis(const std::string& text, group_axis& axis) {
-  if (text == "token")
-    axis = group_axis::token;
-  else if (text == "vector")
-    axis = group_axis::vector;
-  else if (text == "channel")
-    axis = group_axis::channel;
-  else
-    return false;
-  return true;
-}
-
-bool parse_steps(const std::string& text, step_rule& rule) {
-  if (text == "minmax")
-    rule = step_rule::min_max;
-  else if (text == "gaussian")
-    rule = step_rule::gaussian;
-  else if (text == "gaussian_mean")
-    rule = step_rule::gaussian_mean;
-  else
-    return false;
-  return true;
-}
+constexpr named<group_axis> axes[] = {{"token", group_axis::token},
+                                      {"vector", group_axis::vector},
+                                      {"channel", group_axis::channel},
+                                      {"block", group_axis::block}};
+constexpr named<step_rule> step_rules[] = {
+    {"minmax", step_rule::min_max}, {"gaussian", step_rule::gaussian}, {"gaussian_mean", step_rule::gaussian_mean}};
 
 bool parse_flag(const std::string& text, bool& flag) {
   flag = text == "1";
@@ -80,7 +64,7 @@ grouped_spec make_spec(side which, int head_dim, const group_side& s, step_rule 
 adaptive_spec make_spec(side which, int head_dim, const group_side& s) {
   return packkv::make_adaptive(which, head_dim, s.axis, s.relative_step,
                                s.hadamard ? packkv::transform_kind::hadamard : packkv::transform_kind::identity,
-                               s.centred);
+                               s.centred, s.zero);
 }
 
 int block_tokens(const grouped_spec& spec) { return spec.block_tokens(); }
@@ -197,10 +181,11 @@ bool parse_group_value(const std::string& key, const std::string& value, group_c
   }
   if (key == "hadamard") return parse_flag(value, c.hadamard);
   if (key == "center_k") return parse_flag(value, c.key.centred);
-  if (key == "steps") return parse_steps(value, c.steps);
-  if (key == "quant") return parse_axis(value, c.axis);
-  if (key == "quant_k") return c.key_given = parse_axis(value, c.key.axis);
-  if (key == "quant_v") return c.value_given = parse_axis(value, c.value.axis);
+  if (key == "steps") return parse_name(step_rules, value, c.steps);
+  if (key == "quant") return parse_name(axes, value, c.axis);
+  if (key == "quant_k") return c.key_given = parse_name(axes, value, c.key.axis);
+  if (key == "quant_v") return c.value_given = parse_name(axes, value, c.value.axis);
+  if (key == "zero") return parse_zero(value, c.zero);
   if (key == "r") return parse_step(value, c.step);
   if (key == "r_k") return parse_step(value, c.key_step);
   if (key == "r_v") return parse_step(value, c.value_step);
@@ -216,6 +201,7 @@ std::string finish_groups(const std::set<std::string>& given, group_choice& c) {
     if (!c.value_given) c.value.axis = c.axis;
     c.key.relative_step = c.key_step > 0.0f ? c.key_step : c.step;
     c.value.relative_step = c.value_step > 0.0f ? c.value_step : c.step;
+    c.key.zero = c.value.zero = c.zero;
   }
   c.key.width = c.bits;
   c.value.width = c.value_bits > 0 ? c.value_bits : c.bits;

@@ -19,6 +19,7 @@ struct group_side {
   int group = 0;               ///< tokens or channels of a group; vector: 0 means the whole vector
   int width = 0;               ///< bits of a code; strip: unused
   float relative_step = 0.0f;  ///< strip
+  packkv::pack_zero zero = packkv::pack_zero::floating;  ///< strip
   bool hadamard = false;
   bool centred = false;
 };
@@ -32,6 +33,7 @@ struct group_choice {
   std::int32_t bits = 4, value_bits = 0;                  ///< V's where > 0, else `bits`
   float step = 0.1f, key_step = 0.0f, value_step = 0.0f;  ///< a side's step where > 0, else `step`
   packkv::group_axis axis = packkv::group_axis::token;    ///< strip's quant
+  packkv::pack_zero zero = packkv::pack_zero::floating;   ///< strip's, of both sides
   bool key_given = false, value_given = false;            ///< quant_k, quant_v
   bool hadamard = false;
 };

@@ -19,22 +19,6 @@ using packkv::side;
 using packkv::tile_tokens;
 using packkv::token_order;
 
-template <class T>
-struct named {
-  const char* name;
-  T value;
-};
-
-template <class T, std::size_t N>
-bool parse_name(const named<T> (&names)[N], const std::string& text, T& value) {
-  for (const named<T>& n : names)
-    if (text == n.name) {
-      value = n.value;
-      return true;
-    }
-  return false;
-}
-
 constexpr named<pack_granularity> granularities[] = {{"token", pack_granularity::token},
                                                      {"vector", pack_granularity::vector},
                                                      {"channel", pack_granularity::channel},
@@ -174,6 +158,8 @@ outcome encode(const packkv::pack_format& f, const kv_cache& cache, coded_cache&
 
 }  // namespace
 
+bool parse_zero(const std::string& text, pack_zero& zero) { return parse_name(zeros, text, zero); }
+
 bool parse_pack_value(const std::string& key, const std::string& value, pack_choice& c) {
   if (key == "quant") return parse_name(granularities, value, c.granularity);
   if (key == "quant_k") return c.key_given = parse_name(granularities, value, c.format.key.granularity);
@@ -183,7 +169,7 @@ bool parse_pack_value(const std::string& key, const std::string& value, pack_cho
   if (key == "r_v") return parse_step(value, c.value_step);
   if (key == "order") return parse_name(orders, value, c.format.order);
   if (key == "zero") {
-    const bool good = parse_name(zeros, value, c.format.key.zero);
+    const bool good = parse_zero(value, c.format.key.zero);
     c.format.value.zero = c.format.key.zero;
     return good;
   }

@@ -20,6 +20,8 @@ struct pack_choice {
   bool key_given = false, value_given = false;  ///< quant_k, quant_v
 };
 
+/// The value of the key `zero`: int or float.
+bool parse_zero(const std::string& text, packkv::pack_zero& zero);
 /// Takes one key=value of a SPEC; false if the value is bad.
 bool parse_pack_value(const std::string& key, const std::string& value, pack_choice& choice);
 /// Keys that contradict each other, or an empty string; fills in both sides.

@@ -78,13 +78,14 @@ constexpr key_entry row_keys[] = {
 };
 
 constexpr key_entry strip_keys[] = {
-    {"quant", "token|vector|channel", "token",
-     "what shares a step: a token of all heads, a token of a head, 64 tokens of a channel"},
+    {"quant", "token|vector|channel|block", "token",
+     "what shares a step: a token of all heads, a token of a head, 64 tokens of a channel, a block of 64 tokens"},
     {"quant_k", "as quant", "quant", "the same, for K"},
     {"quant_v", "as quant", "quant", "the same, for V"},
     {"r", "NUMBER", "0.1", "step of a group / (its largest - its smallest element), 1/255 to 1"},
     {"r_k", "NUMBER", "r", "the same, for K"},
     {"r_v", "NUMBER", "r", "the same, for V"},
+    {"zero", "int|float", "float", "zero point: a multiple of the step, or the group's smallest element"},
     {"hadamard", "0|1", "0", "Hadamard transform of V, and of K unless it is quantised by channel"},
     {"center_k", "0|1", "0", "subtract the mean of each K channel of this cache; stored and counted"},
     {"recent", "COUNT", "0", "the newest tokens that stay 16-bit, and those that fill no block of 64"},

@@ -11,11 +11,15 @@ using namespace packkv_test;
 
 namespace {
 
+constexpr pk::group_axis axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token,
+                                   pk::group_axis::block};
+constexpr pk::pack_zero zero_points[] = {pk::pack_zero::floating, pk::pack_zero::integer};
+
 pk::adaptive_spec random_spec(random_source& random, pk::side which, int head_dim) {
   constexpr float steps[] = {1.0f / 255, 0.02f, 0.1f, 0.3f, 1.0f};
-  return pk::make_adaptive(
-      which, head_dim, static_cast<pk::group_axis>(random.between(0, 2)), steps[random.between(0, 4)],
-      random.one_in(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.one_in(2));
+  return pk::make_adaptive(which, head_dim, axes[random.between(0, 3)], steps[random.between(0, 4)],
+                           random.one_in(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity,
+                           random.one_in(2), zero_points[random.between(0, 1)]);
 }
 
 /// A side of a sequence, coded by the reference; `device` and `device_offsets` are for the kernels.
@@ -60,7 +64,8 @@ struct coded_side {
   /// Encodes on the device and compares.
   template <int HeadDim>
   void check_encoder() {
-    INFO("axis " << static_cast<int>(spec.groups.axis) << " step " << spec.relative_step << " tokens " << x.tokens);
+    INFO("axis " << static_cast<int>(spec.groups.axis) << " step " << spec.relative_step << " zero point "
+                 << static_cast<int>(spec.zero) << " tokens " << x.tokens);
     device_array<std::uint8_t> out(static_cast<std::size_t>(layout.max_bytes));
     device_array<std::int64_t> out_offsets(offsets.size());
     out.poison();
@@ -97,7 +102,7 @@ void for_head_dims(Function&& f) {
 }  // namespace
 
 TEST_CASE("strip-adaptive tiles are encoded on the device to the reference's bytes") {
-  for (int round = 0; round < sequence_rounds / 2; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 500 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -111,9 +116,9 @@ TEST_CASE("strip-adaptive tiles are encoded on the device to the reference's byt
 
 TEST_CASE("strip-adaptive: numbers that cannot be coded give the reference's bytes and reports") {
   random_source random(8);
-  for (int axis = 0; axis < 3; ++axis)
+  for (const auto axis : axes)
     for (const float bad : {NAN, INFINITY, 3e38f, 1e6f, 0.0f}) {
-      const auto spec = pk::make_adaptive(pk::side::key, 64, static_cast<pk::group_axis>(axis), 0.1f);
+      const auto spec = pk::make_adaptive(pk::side::key, 64, axis, 0.1f);
       tensor_data x = random_sequence(random, pk::dtype::bfloat16, 2, 130, 64);
       for (const int token : {3, 40, 129})  // the last lane, too, has to be asked
         x.host_bits[static_cast<std::size_t>((130 + token) * (x.dim + x.pad) + (std::isnan(bad) ? 63 : 5))] =
@@ -128,8 +133,33 @@ TEST_CASE("strip-adaptive: numbers that cannot be coded give the reference's byt
     }
 }
 
+TEST_CASE("strip-adaptive: a code of 256 becomes 255 on the device as in the reference, and is reported") {
+  random_source random(19);
+  for (const auto axis : axes)
+    for (const auto zero : zero_points)
+      for (const bool everywhere : {false, true}) {
+        // Halves round to even numbers: a group from 0.5 to 255.5 in steps of 1 has the codes 0 and 256.
+        tensor_data x(random, pk::dtype::float16, 1, 2, 128, 64);
+        const std::int64_t row = x.dim + x.pad;
+        for (std::int64_t i = 0; i < 2 * 128 * row; ++i) {
+          const bool last = i % row == 63 || i / row % 64 == 63;  // a channel, and a token of each tile
+          const bool there = everywhere || i / row == 128 + 127;  // else in the last token of the last head alone
+          x.host_bits[static_cast<std::size_t>(i)] = pk::float_to_half(last && there ? 255.5f : 0.5f);
+        }
+        x.device_bits.assign(x.host_bits);
+        coded_side side(
+            pk::make_adaptive(pk::side::value, 64, axis, 1.0f / 255, pk::transform_kind::identity, false, zero),
+            std::move(x), 0);
+        INFO("everywhere " << everywhere);
+        // A token whose elements are all 255.5 has steps of 0, if no other element shares them.
+        const bool reached = everywhere || axis != pk::group_axis::vector;
+        CHECK(side.report.flags == (reached && zero == pk::pack_zero::integer ? pk::report_code_overflow : 0u));
+        side.check_encoder<64>();
+      }
+}
+
 TEST_CASE("strip-adaptive tiles are decoded on the device to the reference's bits") {
-  for (int round = 0; round < sequence_rounds / 2; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 600 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -146,7 +176,7 @@ TEST_CASE("strip-adaptive tiles are decoded on the device to the reference's bit
 }
 
 TEST_CASE("strip-adaptive: scores, value sums and attention on the device are those of the decoded elements") {
-  for (int round = 0; round < sequence_rounds / 2; ++round) {
+  for (int round = 0; round < sequence_rounds; ++round) {
     const std::uint64_t seed = 700 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -188,7 +218,7 @@ TEST_CASE("strip-adaptive: tokens of one query alone, and of one lane alone") {
 
 TEST_CASE("strip-adaptive: what lies behind the coded tokens and heads does not reach the coded bytes") {
   random_source random(17);
-  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+  for (const auto axis : axes) {
     INFO("axis " << static_cast<int>(axis));
     const auto spec = pk::make_adaptive(pk::side::key, 64, axis, 0.1f);
     tensor_data x = random_sequence(random, pk::dtype::float16, 3, 70, 64);
@@ -223,7 +253,7 @@ TEST_CASE("strip-adaptive: what lies behind the coded tokens and heads does not 
 
 TEST_CASE("strip-adaptive tiles without code words are encoded and read, whatever the codes they begin at") {
   random_source random(18);
-  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token})
+  for (const auto axis : axes)
     for (const float low : {1.5f, -2.0f}) {  // of the channels behind the first strip; its own codes are 10, or 0
       tensor_data x(random, pk::dtype::float16, 1, 2, 128, 64);
       for (std::size_t i = 0; i < x.host_bits.size(); ++i)
@@ -244,7 +274,7 @@ TEST_CASE("strip-adaptive tiles without code words are encoded and read, whateve
 
 TEST_CASE("strip-adaptive kernels stride over what their grid does not cover") {
   random_source random(11);
-  for (const auto axis : {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token}) {
+  for (const auto axis : axes) {
     INFO("axis " << static_cast<int>(axis));
     const auto spec = pk::make_adaptive(pk::side::key, 64, axis, 0.1f, pk::transform_kind::identity, true);
     tensor_data x = random_sequence(random, pk::dtype::float16, 3, 400, 64);
@@ -273,7 +303,7 @@ TEST_CASE("strip-adaptive kernels stride over what their grid does not cover") {
       run(pk::kernel::channel_means<64>, 64, in, side.layout.coded_tokens, bytes.data());
       run(pk::kernel::copy_tail<64>, 64, in, side.layout.coded_tokens, bytes.data() + side.layout.tail_offset);
       const pk::kernel::adaptive_args a{spec, side.layout, in, bytes.data(), offsets.data(), reporter.exec().report};
-      if (axis == pk::group_axis::token) run(pk::kernel::adaptive_shared_numbers<64>, threads, a);
+      if (spec.groups.shared_numbers()) run(pk::kernel::adaptive_shared_numbers<64>, threads, a);
       run(pk::kernel::measure_adaptive<64>, threads, a);
       REQUIRE(pk::detail::launch(pk::kernel::scan_offsets<64>, dim3(1), 64, cudaStream_t{}, offsets.data(),
                                  side.layout.tiles, side.layout.tiles_offset));
@@ -393,6 +423,16 @@ TEST_CASE("strip-adaptive calls on the device refuse what does not fit, and writ
   CHECK(encode(side.layout.max_bytes - 1, side.device_offsets.data(), side.device.data()) ==
         status_code::workspace_too_small);
   CHECK(encode(side.layout.max_bytes, nullptr, side.device.data()) == status_code::invalid_argument);
+  for (const auto& change : std::vector<std::function<void(pk::adaptive_spec&)>>{
+           [](auto& s) { s.zero = static_cast<pk::pack_zero>(2); }, [](auto& s) { s.groups.group += 32; },
+           [](auto& s) { s.relative_step = 0.003f; }}) {
+    pk::adaptive_spec bad = side.spec;
+    change(bad);
+    CHECK(pk::encode_adaptive<64>(bad, sequence(side.x.device()), side.recent, side.device.data(),
+                                  side.layout.max_bytes, side.device_offsets.data(), none)
+              .code == pk::check_adaptive(bad).code);
+    CHECK_FALSE(pk::check_adaptive(bad));
+  }
   CHECK(encode(side.layout.max_bytes, side.device_offsets.data(), nullptr) == status_code::invalid_argument);
   CHECK(encode(side.layout.max_bytes, side.device_offsets.data(), side.device.data() + 8) == status_code::misaligned);
   CHECK(pk::encode_adaptive<128>(side.spec, sequence(side.x.device()), side.recent, side.device.data(),

@@ -6,6 +6,7 @@
 //     std::vector<float> x = clean::decode_adaptive(f, bytes, offsets);   // [heads][tokens][head_dim]
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -13,7 +14,7 @@
 
 namespace clean {
 
-enum class shares_step { tokens_of_channel, channels_of_token, heads_of_token };  // channel, vector, token
+enum class shares_step { tokens_of_channel, channels_of_token, heads_of_token, all_of_block };  // channel, vector, ...
 
 /// All that is not in the bytes.
 struct adaptive_format {
@@ -21,7 +22,7 @@ struct adaptive_format {
   shares_step axis = shares_step::heads_of_token;
   int head_dim = 128;
   float relative_step = 0.1f;
-  bool hadamard = false, centred = false, bf16_tail = false;
+  bool integer_zero = false, hadamard = false, centred = false, bf16_tail = false;
   int heads = 1, tokens = 0, recent = 0;
 };
 
@@ -53,17 +54,22 @@ inline std::vector<float> decode_adaptive(const adaptive_format& f, const std::u
       words.widths.assign(tile, tile + m);
       const std::uint8_t* const codes = tile + (2 * m + 15) / 16 * 16;
       const std::uint8_t* maxima = codes + 4 * code_words(words);
-      std::int64_t groups = f.axis == shares_step::tokens_of_channel ? D : 64;
+      std::int64_t groups = f.axis == shares_step::tokens_of_channel ? D : f.axis == shares_step::all_of_block ? 1 : 64;
       if (f.axis == shares_step::heads_of_token) maxima = shared + block * 2 * 2 * 64;
+      if (f.axis == shares_step::all_of_block) maxima = shared + block * 16;
       const std::uint8_t* const minima = maxima + 2 * groups;
 
       std::vector<float> x;
       for (std::int64_t c = 0; c < D; ++c) {
-        const std::int64_t index = f.axis == shares_step::tokens_of_channel ? c : r;
+        const std::int64_t index = f.axis == shares_step::tokens_of_channel ? c : groups == 1 ? 0 : r;
         const float maximum = from_fp16(read_16(maxima + 2 * index)), minimum = from_fp16(read_16(minima + 2 * index));
         const int base = tile[m + c / strip_channels(words)];
         const float code = static_cast<float>(base + read_code(codes, words, t, static_cast<int>(c)));
         const float step = (maximum - minimum) * f.relative_step;
+        if (f.integer_zero && step > 0.0f) {
+          x.push_back(step * (code + std::nearbyint(minimum / step)));
+          continue;
+        }
         const volatile float product = step * code;  // rounded before the sum
         x.push_back(product + minimum);
       }

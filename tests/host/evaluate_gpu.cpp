@@ -51,7 +51,8 @@ TEST_CASE("evaluate: formats of whole caches have the CPU's errors on the GPU", 
   for (const char* spec :
        {"kivi:bits=2", "kivi:bits=4", "channel:bits=3,tokens=64", "channel:bits=2,tokens=128,center_k=1",
         "token:bits=4,hadamard=1", "vector:bits=3,steps=gaussian,hadamard=1", "vector:bits=8",
-        "strip:quant=token,r=0.1", "strip:quant=channel,r=0.05", "strip:quant=vector,r=0.2,hadamard=1"}) {
+        "strip:quant=token,r=0.1", "strip:quant=channel,r=0.05", "strip:quant=vector,r=0.2,hadamard=1",
+        "strip:quant=block,zero=int"}) {
     check_both(sample, {"--codec", spec});
     check_both(sample, {"--codec", spec, "--sinks", "16", "--recent", "150", "--window", "700"});
   }

@@ -86,10 +86,10 @@ double adaptive_bits(const pk::adaptive_spec& s, const tensor& x, std::int64_t c
   const std::int64_t strip = s.groups.which == side::key && dim != 64 ? 32 : 16, strips = dim / strip;
   std::int64_t bytes = 8 + (s.groups.centred ? 2 * heads * dim : 0);
   for (std::int64_t first = 0; first < coded; first += 64) {
-    if (s.groups.axis == group_axis::token) bytes += 4 * 64;
+    bytes += s.groups.axis == group_axis::token ? 4 * 64 : s.groups.axis == group_axis::block ? 16 : 0;
     for (std::int64_t h = 0; h < heads; ++h) {
       bytes += 8 + (2 * strips + 15) / 16 * 16;
-      if (s.groups.axis != group_axis::token) bytes += 4 * (s.groups.axis == group_axis::channel ? dim : 64);
+      bytes += s.groups.axis == group_axis::channel ? 4 * dim : s.groups.axis == group_axis::vector ? 4 * 64 : 0;
       for (std::int64_t i = 0; i < strips; ++i) {
         int low = 255, high = 0;
         for (std::int64_t t = first; t < first + 64; ++t)
@@ -185,8 +185,10 @@ TEST_CASE("evaluate grouped: the sample's bits and errors are the naive ones", "
 
 TEST_CASE("evaluate strip: the sample's bits and errors are the naive ones", "[adaptive]") {
   const short_sample sample;
-  const auto spec = [](side which, group_axis axis, float step, transform_kind transform = plain,
-                       bool centred = false) { return pk::make_adaptive(which, 128, axis, step, transform, centred); };
+  const auto spec = [](side which, group_axis axis, float step, transform_kind transform = plain, bool centred = false,
+                       pk::pack_zero zero = pk::pack_zero::floating) {
+    return pk::make_adaptive(which, 128, axis, step, transform, centred, zero);
+  };
   const adaptive_case cases[] = {
       {"strip:quant=token,r=0.1", 2048, spec(side::key, group_axis::token, 0.1f),
        spec(side::value, group_axis::token, 0.1f)},
@@ -196,6 +198,14 @@ TEST_CASE("evaluate strip: the sample's bits and errors are the naive ones", "[a
        spec(side::value, group_axis::vector, 0.1f, hadamard)},
       {"strip:quant=vector,center_k=1,hadamard=1", 2048, spec(side::key, group_axis::vector, 0.1f, hadamard, true),
        spec(side::value, group_axis::vector, 0.1f, hadamard)},
+      {"strip:quant=block,r=0.03", 2048, spec(side::key, group_axis::block, 0.03f),
+       spec(side::value, group_axis::block, 0.03f)},
+      {"strip:quant_k=channel,quant_v=block,zero=int,hadamard=1", 2048,
+       spec(side::key, group_axis::channel, 0.1f, plain, false, pk::pack_zero::integer),
+       spec(side::value, group_axis::block, 0.1f, hadamard, false, pk::pack_zero::integer)},
+      {"strip:zero=int,r=0.05,center_k=1", 2048,
+       spec(side::key, group_axis::token, 0.05f, plain, true, pk::pack_zero::integer),
+       spec(side::value, group_axis::token, 0.05f, plain, false, pk::pack_zero::integer)},
   };
   const grouped_test::tensor16 k = short_tensor(sample.k), v = short_tensor(sample.v);
   for (const adaptive_case& c : cases) {
@@ -303,6 +313,14 @@ TEST_CASE("evaluate spec: the grouped formats have documented defaults and take 
   CHECK(strip.adaptive);
   CHECK(strip.key.axis == group_axis::token);
   CHECK(strip.value.axis == group_axis::vector);
+  CHECK(strip.key.zero == pk::pack_zero::floating);
+  CHECK(strip.value.zero == pk::pack_zero::floating);
+  const evaluate::group_choice block = *parsed("strip:quant=block,zero=int").groups;
+  CHECK(block.key.axis == group_axis::block);
+  CHECK(block.value.axis == group_axis::block);
+  CHECK(block.key.zero == pk::pack_zero::integer);
+  CHECK(block.value.zero == pk::pack_zero::integer);
+  CHECK(parsed("strip:zero=float").groups->key.zero == pk::pack_zero::floating);
   CHECK(strip.key.relative_step == 0.05f);
   CHECK(strip.value.relative_step == 0.2f);
 }
@@ -337,8 +355,12 @@ TEST_CASE("evaluate spec: every mistake in a grouped format is refused", "[group
                            "vector:group=32",
                            "vector:bits=4,",
                            "strip:bits=2",
-                           "strip:quant=block",
+                           "strip:quant=head",
                            "strip:quant=",
+                           "strip:zero=",
+                           "strip:zero=none",
+                           "strip:zero=int,zero=int",
+                           "channel:zero=int",
                            "strip:r=0",
                            "strip:r=1.01",
                            "strip:r=nan",

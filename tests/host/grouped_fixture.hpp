@@ -190,10 +190,19 @@ inline std::pair<int, float> naive_code(pk::step_rule rule, int width, const nai
   return {code, product + g.minimum};
 }
 
+/// The strip-adaptive code of x, which may be too large by one, and what the code at most 255 stands for.
+inline std::pair<int, float> naive_adaptive_code(pk::pack_zero zero, const naive_group& g, float x) {
+  if (zero == pk::pack_zero::floating || g.scale == 0.0f) return naive_code(pk::step_rule::min_max, 8, g, x);
+  const float lowest = std::nearbyint(g.minimum / g.scale);
+  const int code = static_cast<int>(std::nearbyint(x / g.scale) - lowest);
+  return {code, g.scale * (static_cast<float>(std::min(code, 255)) + lowest)};
+}
+
 /// Codes and reconstruction [heads, tokens, dim] of the coded tokens, before the inverse transform is applied to it.
 struct naive_result {
   std::vector<int> codes;
   std::vector<float> y;
+  bool code_overflow = false;  ///< of strip-adaptive codes: one was 256 and is 255
 };
 
 inline naive_result naive_quantise(const pk::grouped_spec& spec, const tensor16& x, int coded_tokens) {
@@ -268,7 +277,8 @@ inline naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16
   const auto group_of = [&](int h, int t, int c) {
     return wide.axis == pk::group_axis::channel  ? (t / 64 * x.heads + h) * d + c
            : wide.axis == pk::group_axis::vector ? h * x.tokens + t
-                                                 : t;
+           : wide.axis == pk::group_axis::token  ? t
+                                                 : t / 64;
   };
   const std::size_t count = static_cast<std::size_t>(x.heads) * x.tokens * d;
   std::vector<float> low(count, 1e30f), high(count, -1e30f);
@@ -285,7 +295,9 @@ inline naive_result naive_adaptive(const pk::adaptive_spec& spec, const tensor16
           }
           naive_group n = naive_bounds(low[g], high[g]);
           n.scale *= spec.relative_step;
-          std::tie(r.codes[i], r.y[i]) = naive_code(pk::step_rule::min_max, 8, n, y[i]);
+          std::tie(r.codes[i], r.y[i]) = naive_adaptive_code(spec.zero, n, y[i]);
+          r.code_overflow = r.code_overflow || r.codes[i] > 255;
+          r.codes[i] = std::min(r.codes[i], 255);
         }
   return r;
 }
@@ -367,12 +379,16 @@ inline pk::grouped_spec random_spec(host_test::random_source& random, pk::side w
                           random.chance(3));
 }
 
+constexpr pk::group_axis adaptive_axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token,
+                                            pk::group_axis::block};
+constexpr pk::pack_zero zero_points[] = {pk::pack_zero::floating, pk::pack_zero::integer};
+
 inline pk::adaptive_spec random_adaptive(host_test::random_source& random, int dim) {
-  const pk::group_axis axes[] = {pk::group_axis::channel, pk::group_axis::vector, pk::group_axis::token};
   const float steps[] = {1.0f, 0.4f, 0.2f, 0.1f, 0.05f, 0.01f, 1.0f / 255.0f};
-  return pk::make_adaptive(
-      random.chance(2) ? pk::side::key : pk::side::value, dim, random.pick(axes), random.pick(steps),
-      random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity, random.chance(3));
+  return pk::make_adaptive(random.chance(2) ? pk::side::key : pk::side::value, dim, random.pick(adaptive_axes),
+                           random.pick(steps),
+                           random.chance(2) ? pk::transform_kind::hadamard : pk::transform_kind::identity,
+                           random.chance(3), random.pick(zero_points));
 }
 
 inline std::string describe(const pk::grouped_spec& s) {
@@ -380,6 +396,10 @@ inline std::string describe(const pk::grouped_spec& s) {
          " group " + std::to_string(s.group) + " width " + std::to_string(s.width) + " rule " +
          std::to_string(static_cast<int>(s.step)) + " transform " + std::to_string(static_cast<int>(s.transform)) +
          " centred " + std::to_string(s.centred) + " head_dim " + std::to_string(s.head_dim);
+}
+inline std::string describe(const pk::adaptive_spec& s) {
+  return describe(s.groups) + " relative step " + std::to_string(s.relative_step) + " zero point " +
+         std::to_string(static_cast<int>(s.zero));
 }
 
 }  // namespace grouped_test

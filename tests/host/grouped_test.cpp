@@ -391,6 +391,11 @@ TEST_CASE("bad grouped formats and buffers are refused before anything is writte
   CHECK(code(pk::make_grouped(side::key, 128, group_axis::vector, 0, 4)) == pk::status_code::unsupported);
   CHECK(code(pk::make_grouped(side::key, 128, group_axis::vector, 8, 4)) == pk::status_code::unsupported);
   CHECK(code(pk::make_grouped(side::key, 128, group_axis::token, 32, 4)) == pk::status_code::invalid_argument);
+  const pk::grouped_spec block = pk::make_grouped(side::key, 128, group_axis::block, 0, 4);
+  CHECK(code(block) == pk::status_code::unsupported);
+  pk::grouped_layout nothing;
+  CHECK(pk::make_grouped_layout(block, 2, 128, 0, nothing).code == pk::status_code::unsupported);
+  CHECK(nothing.blocks == 0);
   CHECK(code(pk::make_grouped(side::key, 128, group_axis::vector, 32, 4, pk::step_rule::min_max,
                               pk::transform_kind::permutation)) == pk::status_code::unsupported);
   pk::grouped_spec torn = pk::kivi_keys(128, 2);

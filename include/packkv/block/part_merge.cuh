@@ -49,37 +49,48 @@ struct part_merge {
   __device__ static void join_blocks(int count, Part&& part, float* scratch, float* to) {
     float* const sums = scratch;                   // [slices][Rows * HeadDim]
     float* const factors = scratch + threads * 4;  // [Rows][count]
+    // Four channels a thread; as many slices of the parts as there are threads for. The first loads start at once.
+    constexpr int quads = Rows * HeadDim / 4, slices = quads < threads ? threads / quads : 1, ahead = 8;
+    const int slice = static_cast<int>(threadIdx.x) / quads;
+    const auto channels = [&](int p, int q) {
+      return detail::load_fresh4(part(p) + q / (HeadDim / 4) * row_floats + q % (HeadDim / 4) * 4);
+    };
+    detail::floats4 early[ahead] = {};
+    const int first = static_cast<int>(threadIdx.x) % quads;
+#pragma unroll
+    for (int i = 0; i < ahead; ++i)
+      if (slice < slices && slice + i * slices < count) early[i] = channels(slice + i * slices, first);
+
     for (int row = detail::warp_id(); row < Rows; row += Warps) {
       const auto read = [&](int p, int at) { return detail::load_fresh(part(p) + row * row_floats + at); };
       float maximum = warp::attention_row<HeadDim>::lowest, sum = 0.0f;
       for (int p = detail::lane_id(); p < count; p += detail::warp_threads) {
-        factors[row * count + p] = read(p, maximum_at);
-        maximum = fmaxf(maximum, factors[row * count + p]);
+        const float m = read(p, maximum_at), l = read(p, sum_at), top = fmaxf(maximum, m);
+        sum = fmaf(sum, detail::exp2_fast(maximum - top), l * detail::exp2_fast(m - top));
+        maximum = top;
+        factors[row * count + p] = m;
       }
-      maximum = detail::warp_max(maximum);
-      for (int p = detail::lane_id(); p < count; p += detail::warp_threads) {
-        const float factor = detail::exp2_fast(factors[row * count + p] - maximum);
-        factors[row * count + p] = factor;
-        sum = fmaf(factor, read(p, sum_at), sum);
-      }
-      sum = detail::warp_sum(sum);
+      const float top = detail::warp_max(maximum);
+      sum = detail::warp_sum(sum * detail::exp2_fast(maximum - top));
+      for (int p = detail::lane_id(); p < count; p += detail::warp_threads)
+        factors[row * count + p] = detail::exp2_fast(factors[row * count + p] - top);
       if (detail::lane_id() == 0) {
-        to[row * row_floats + maximum_at] = maximum;
+        to[row * row_floats + maximum_at] = top;
         to[row * row_floats + sum_at] = sum;
       }
     }
     __syncthreads();
-    // Four channels a thread; as many slices of the parts as there are threads for.
-    constexpr int quads = Rows * HeadDim / 4, slices = quads < threads ? threads / quads : 1;
-    const int slice = static_cast<int>(threadIdx.x) / quads;
-    for (int q = static_cast<int>(threadIdx.x) % quads; q < quads && slice < slices; q += threads) {
+    for (int q = first; q < quads && slice < slices; q += threads) {
       const int row = q / (HeadDim / 4), channel = q % (HeadDim / 4) * 4;
       float sum[4] = {};
-#pragma unroll 8
-      for (int p = slice; p < count; p += slices) {
-        const detail::floats4 x = detail::load_fresh4(part(p) + row * row_floats + channel);
+      const auto add = [&](int p, const detail::floats4& x) {
         for (int i = 0; i < 4; ++i) sum[i] = fmaf(factors[row * count + p], x.value[i], sum[i]);
-      }
+      };
+#pragma unroll
+      for (int i = 0; i < ahead; ++i)
+        if (slice + i * slices < count) add(slice + i * slices, q == first ? early[i] : channels(slice + i * slices, q));
+#pragma unroll 8
+      for (int p = slice + ahead * slices; p < count; p += slices) add(p, channels(p, q));
       for (int i = 0; i < 4; ++i)
         if constexpr (slices > 1)
           sums[(slice * quads + q) * 4 + i] = sum[i];

@@ -16,7 +16,8 @@ struct token_range {
 /// First local token whose position is at least p.
 __device__ inline std::int64_t token_at(const detail::visibility& view, std::int64_t p) {
   std::int64_t d = p - view.position_offset;
-  if (view.position_stride != 1) d = (d + view.position_stride - 1) / view.position_stride;  // a slow division
+  if (view.position_stride != 1)
+    d = (d + view.position_stride - 1) / view.position_stride;  // slow
   return min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length);
 }
 

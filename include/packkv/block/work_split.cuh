@@ -60,12 +60,10 @@ struct sequence_cost {
   std::int32_t raw;    ///< what the 16-bit tokens of a unit cost, in tiles
 };
 
-/// The items of the sequences of a launch, in shared memory. A unit of work has its tiles, one item each, and then a
-/// tail, of which the last item stands for the work that is not tiles.
+/// The items of the sequences of a launch, in shared memory.
 struct sequence_items {
   std::int64_t begin[max_split_sequences + 1];  ///< begin[b] .. begin[b + 1] are those of sequence b
   sequence_cost cost[max_split_sequences];
-  std::int64_t warp_total[3][detail::warp_threads];
   std::int64_t aligned;  ///< > 0: units begin at multiples of this, which is also what a block takes
   bool own_tail;         ///< then: tails begin there, too
 
@@ -74,40 +72,17 @@ struct sequence_items {
   /// does them one after the other.
   template <int Threads, class Cost>
   __device__ void build(int batch, std::int64_t blocks, Cost&& cost_of) {
-    std::int64_t units = 0, total = 0, largest = 0;
-    for (int b = static_cast<int>(threadIdx.x); b < batch; b += Threads) {
-      const sequence_cost c = cost_of(b);
-      cost[b] = c;
-      units += c.units;
-      total += c.units * (c.tiles + c.raw);
-      largest = max_of<std::int64_t>(largest, c.units > 0 ? c.tiles + c.raw : 0);
-    }
-    for (int m = detail::warp_threads / 2; m > 0; m /= 2) {
-      units += detail::shuffle_xor(units, m);
-      total += detail::shuffle_xor(total, m);
-      largest = max_of(largest, detail::shuffle_xor(largest, m));
-    }
-    if (detail::lane_id() == 0) {
-      warp_total[0][detail::warp_id()] = units;
-      warp_total[1][detail::warp_id()] = total;
-      warp_total[2][detail::warp_id()] = largest;
-    }
+    for (int b = static_cast<int>(threadIdx.x); b < batch; b += Threads) cost[b] = cost_of(b);
     __syncthreads();
     if (detail::warp_id() == 0) {
-      units = total = largest = 0;
-      for (int w = 0; w < Threads / detail::warp_threads; ++w) {
-        units += warp_total[0][w];
-        total += warp_total[1][w];
-        largest = max_of(largest, warp_total[2][w]);
-      }
-      choose(units, total, largest, blocks);
+      choose(batch, blocks);
       std::int64_t before = 0;
       for (int first = 0; first < batch; first += detail::warp_threads) {
         const int b = first + detail::lane_id();
-        const std::int64_t up_to =
-            before + detail::warp_prefix_sum(b < batch ? cost[b].units * items_of(cost[b]) : std::int64_t{0});
+        std::int64_t up_to = b < batch ? cost[b].units * items_of(cost[b]) : std::int64_t{0};
+        if (batch > 1) up_to = before + detail::warp_prefix_sum(up_to);
         if (b < batch) begin[b + 1] = up_to;
-        before = detail::shuffle(up_to, detail::warp_threads - 1);
+        if (batch > detail::warp_threads) before = detail::shuffle(up_to, detail::warp_threads - 1);
       }
       if (detail::lane_id() == 0) begin[0] = 0;
     }
@@ -140,24 +115,50 @@ struct sequence_items {
 
  private:
   /// By warp 0.
-  __device__ void choose(std::int64_t units, std::int64_t total, std::int64_t largest, std::int64_t blocks) {
-    const bool uniform = units * largest == total;
-    aligned = 0;
-    own_tail = false;
-    if (units > 0 && units * (uniform ? 1 : 8) <= blocks) {
-      std::int64_t each = quotient(blocks, units).whole, items = largest;
-      own_tail = cost[0].raw > 0 && each >= blocks_with_own_tail;
-      if (own_tail) {
-        --each;
-        items -= cost[0].raw;
+  __device__ void choose(int batch, std::int64_t blocks) {
+    constexpr std::int64_t many = 1 << 20;
+    unsigned units = 0, largest = 0, least = 0xffffffffu, raw = 0;
+    for (int b = detail::lane_id(); b < batch; b += detail::warp_threads)
+      if (cost[b].units > 0) {
+        const auto items = static_cast<unsigned>(cost[b].tiles + cost[b].raw);
+        units += static_cast<unsigned>(min_of(cost[b].units, many));
+        largest = max_of(largest, items);
+        least = min_of(least, items);
+        raw = static_cast<unsigned>(cost[b].raw);
       }
-      if (uniform)
-        aligned = quotient(items + each - 1, each).whole;
-      else
-        aligned = quotient(total, blocks - units * (own_tail ? 2 : 1)).whole + 1;
-      aligned = max_of<std::int64_t>(aligned, 1);
+    if (batch > 1) {
+      units = detail::warp_sum_unsigned(units);
+      largest = detail::warp_max_unsigned(largest);
+      least = ~detail::warp_max_unsigned(~least);
+      raw = detail::warp_max_unsigned(raw);
+    }
+    std::int64_t share = 0;
+    bool tails = false;
+    const bool uniform = least == largest;
+    if (detail::lane_id() == 0 || batch > 1) {
+      if (units > 0 && units * (uniform ? 1 : 8) <= blocks) {
+        std::int64_t each = quotient(blocks, units).whole, items = largest;
+        tails = raw > 0 && each >= blocks_with_own_tail;
+        if (tails) {
+          --each;
+          items -= raw;
+        }
+        share = uniform ? quotient(items + each - 1, each).whole
+                        : quotient(total_of(batch), blocks - units * (tails ? 2 : 1)).whole + 1;
+        share = max_of<std::int64_t>(share, 1);
+      }
+      if (detail::lane_id() == 0) {
+        aligned = share;
+        own_tail = tails;
+      }
     }
     __syncwarp();
+  }
+  __device__ std::int64_t total_of(int batch) const {
+    std::int64_t total = 0;
+    for (int b = detail::lane_id(); b < batch; b += detail::warp_threads)
+      total += cost[b].units * (cost[b].tiles + cost[b].raw);
+    return detail::warp_sum(total);
   }
 };
 

@@ -17,6 +17,7 @@ enum class group_axis : std::uint8_t {
   channel,  ///< `group` consecutive tokens (32, 64 or 128) of one channel of one head
   vector,   ///< `group` consecutive channels of one token of one head; group = head_dim: the whole vector
   token,    ///< all channels of all KV heads of one token; the numbers are stored once per token
+  block,    ///< all channels, tokens and KV heads of a block; of the strip-adaptive format alone
 };
 
 /// How the step of a group is found.
@@ -37,7 +38,7 @@ struct grouped_spec {
   bool centred = false;       ///< each channel's mean over the coded tokens is subtracted first and stored once
   std::int16_t head_dim = 0;  ///< channels of a head
   std::int16_t width = 0;     ///< bits of a code: 1, 2, 3, 4 or 8
-  std::int16_t group = 0;     ///< channel: tokens of a group; vector: channels of a group; token: 0
+  std::int16_t group = 0;     ///< channel: tokens of a group; vector: channels of a group; token, block: 0
   strip_layout strips = {};   ///< `width` in every strip
 
   /// A block is what is coded at once: 64 tokens of all heads, 128 where a group spans two tiles.
@@ -45,10 +46,12 @@ struct grouped_spec {
     return axis == group_axis::channel && group > tile_tokens ? group : tile_tokens;
   }
   PACKKV_HOST_DEVICE constexpr int tiles_per_block() const { return block_tokens() / tile_tokens; }
-  /// Groups reach over more than one tile; their numbers lie behind the tiles of a block.
-  PACKKV_HOST_DEVICE constexpr bool shared_numbers() const {
-    return axis == group_axis::token || block_tokens() > tile_tokens;
+  /// Groups reach over all KV heads.
+  PACKKV_HOST_DEVICE constexpr bool spans_heads() const {
+    return axis == group_axis::token || axis == group_axis::block;
   }
+  /// Groups reach over more than one tile; their numbers lie beside the tiles of a block.
+  PACKKV_HOST_DEVICE constexpr bool shared_numbers() const { return spans_heads() || block_tokens() > tile_tokens; }
   /// A group stores two numbers: maximum (min_max) or scale, then minimum. Else a scale alone.
   PACKKV_HOST_DEVICE constexpr bool has_minima() const { return step != step_rule::gaussian; }
   PACKKV_HOST_DEVICE constexpr int code_bytes() const { return strips.words * 4; }
@@ -61,12 +64,14 @@ struct grouped_spec {
   PACKKV_HOST_DEVICE constexpr int tile_bytes() const {
     return code_bytes() + 2 * tile_groups() * (has_minima() ? 2 : 1);
   }
-  /// Groups of one block whose numbers lie behind its tiles.
+  /// Groups of one block whose numbers lie beside its tiles.
   PACKKV_HOST_DEVICE constexpr std::int64_t shared_groups(std::int64_t heads) const {
-    return !shared_numbers() ? 0 : axis == group_axis::token ? tile_tokens : heads * head_dim;
+    if (!shared_numbers()) return 0;
+    return axis == group_axis::token ? tile_tokens : axis == group_axis::block ? 1 : heads * head_dim;
   }
+  /// Bytes of their numbers, a multiple of 16.
   PACKKV_HOST_DEVICE constexpr std::int64_t shared_bytes(std::int64_t heads) const {
-    return 2 * shared_groups(heads) * (has_minima() ? 2 : 1);
+    return (2 * shared_groups(heads) * (has_minima() ? 2 : 1) + 15) / 16 * 16;
   }
   /// Bytes of a block of `heads` KV heads. A multiple of 16.
   PACKKV_HOST_DEVICE constexpr std::int64_t block_bytes(std::int64_t heads) const {
@@ -79,11 +84,13 @@ inline constexpr int max_grouped_heads = 1 << 16;  ///< KV heads of one call
 /// Largest code.
 PACKKV_HOST_DEVICE constexpr int top_code(int width) { return (1 << width) - 1; }
 
-/// Checks a spec that came from run-time data.
-PACKKV_HOST_DEVICE constexpr status check_grouped(const grouped_spec& spec) {
+namespace detail {
+
+/// What holds for the groups of every format that has them.
+PACKKV_HOST_DEVICE constexpr status check_groups(const grouped_spec& spec) {
   if (!is_head_dim(spec.head_dim))
     return refuse(status_code::unsupported, "head_dim must be 64, 96, 128, 192, 256 or 512", spec.head_dim);
-  if (static_cast<int>(spec.which) > 1 || static_cast<int>(spec.axis) > 2 || static_cast<int>(spec.step) > 2)
+  if (static_cast<int>(spec.which) > 1 || static_cast<int>(spec.axis) > 3 || static_cast<int>(spec.step) > 2)
     return refuse(status_code::invalid_argument, "unknown side, group axis or step rule");
   if (spec.width > 8) return refuse(status_code::unsupported, "codes wider than 8 bits are not stored", spec.width);
   if (spec.width < 1 || !is_plan_width(spec.width))
@@ -95,14 +102,23 @@ PACKKV_HOST_DEVICE constexpr status check_grouped(const grouped_spec& spec) {
   if (spec.axis == group_axis::vector && (spec.group < 16 || spec.group % 16 != 0 || spec.head_dim % spec.group != 0))
     return refuse(status_code::unsupported, "a group of channels is a multiple of 16 that divides head_dim",
                   spec.group);
-  if (spec.axis == group_axis::token && spec.group != 0)
-    return refuse(status_code::invalid_argument, "group_axis::token has no group size: set it to 0", spec.group);
+  if (spec.spans_heads() && spec.group != 0)
+    return refuse(status_code::invalid_argument, "groups over all heads have no group size: set it to 0", spec.group);
   bool placed = spec.strips.which == spec.which && spec.strips.words == 2 * spec.head_dim * spec.width &&
                 spec.strips.channels == strip_channels(spec.which, spec.head_dim) &&
                 spec.strips.count == spec.head_dim / spec.strips.channels;
   for (int i = 0; placed && i < spec.strips.count; ++i) placed = spec.strips.width[i] == spec.width;
   if (!placed) return refuse(status_code::invalid_argument, "a spec's strips were not placed by make_grouped");
   return {};
+}
+
+}  // namespace detail
+
+/// Checks a spec that came from run-time data.
+PACKKV_HOST_DEVICE constexpr status check_grouped(const grouped_spec& spec) {
+  if (spec.axis == group_axis::block)
+    return refuse(status_code::unsupported, "only the strip-adaptive format has one group for a block");
+  return detail::check_groups(spec);
 }
 
 /// A grouped format from run-time data; check it with check_grouped.
@@ -151,10 +167,11 @@ struct grouped_layout {
   std::int64_t total_bytes = 0;
 };
 
-/// Lays out `tokens` tokens of which at least the newest `recent` stay 16-bit; so do those that fill no block.
-inline status make_grouped_layout(const grouped_spec& spec, std::int64_t heads, std::int64_t tokens,
-                                  std::int64_t recent, grouped_layout& layout) {
-  if (const status s = check_grouped(spec); !s) return s;
+namespace detail {
+
+/// make_grouped_layout for the checked groups of any format.
+inline status lay_out_groups(const grouped_spec& spec, std::int64_t heads, std::int64_t tokens, std::int64_t recent,
+                             grouped_layout& layout) {
   if (heads < 1 || heads > max_grouped_heads)
     return refuse(status_code::invalid_argument, "KV heads must be 1 to 65536", heads);
   if (tokens < 0 || recent < 0) return refuse(status_code::invalid_argument, "a token count is negative");
@@ -172,6 +189,15 @@ inline status make_grouped_layout(const grouped_spec& spec, std::int64_t heads, 
   l.total_bytes = total.value();
   layout = l;
   return {};
+}
+
+}  // namespace detail
+
+/// Lays out `tokens` tokens of which at least the newest `recent` stay 16-bit; so do those that fill no block.
+inline status make_grouped_layout(const grouped_spec& spec, std::int64_t heads, std::int64_t tokens,
+                                  std::int64_t recent, grouped_layout& layout) {
+  if (const status s = check_grouped(spec); !s) return s;
+  return detail::lay_out_groups(spec, heads, tokens, recent, layout);
 }
 
 /// Every byte of a coded side by what it holds; the first number of a group is its maximum (min_max) or its scale.

@@ -55,10 +55,14 @@ PACKKV_HOST_DEVICE inline group_numbers mean_numbers(float mean, double sum_of_s
   return is_finite_half(minimum) ? group_numbers{scale, minimum} : group_numbers{};
 }
 
-/// The numbers of a group as codes use them: x^ = step * code + minimum. NaN in a group that is not valid.
+/// The numbers of a group as codes use them: x^ = step * (code + zero) + minimum. NaN in a group that is not valid.
 struct group_values {
   float step;
   float minimum;
+  float zero = 0.0f;  ///< an integer; not 0 in strip-adaptive groups with an integer zero point alone
+
+  /// What code 0 stands for, exact.
+  double offset() const { return static_cast<double>(step) * static_cast<double>(zero) + static_cast<double>(minimum); }
 };
 
 PACKKV_HOST_DEVICE inline group_values values_of(const grouped_spec& spec, group_numbers n) {
@@ -70,9 +74,9 @@ PACKKV_HOST_DEVICE inline group_values values_of(const grouped_spec& spec, group
   return {step, mul_rn(step, -code_centre(spec.width))};
 }
 
-/// round((y - minimum) / step), ties to even, in 0 .. top; 0 where the step is 0 or NaN.
+/// round((y - minimum) / step) - zero, ties to even, in 0 .. top; 0 where the step is 0 or NaN.
 PACKKV_HOST_DEVICE inline std::uint32_t code_above(group_values v, float y, int top) {
-  const float u = v.step > 0.0f ? rintf(div_rn(sub_rn(y, v.minimum), v.step)) : 0.0f;
+  const float u = v.step > 0.0f ? rintf(div_rn(sub_rn(y, v.minimum), v.step)) - v.zero : 0.0f;
   const float most = static_cast<float>(top);
   return static_cast<std::uint32_t>(u > 0.0f ? u > most ? most : u : 0.0f);
 }
@@ -86,7 +90,7 @@ PACKKV_HOST_DEVICE inline std::uint32_t encode_in(const grouped_spec& spec, grou
 /// Reconstruction of a code; NaN in a group that is not valid.
 PACKKV_HOST_DEVICE inline float decode_in(const grouped_spec& spec, group_values v, std::uint32_t code) {
   if (!spec.has_minima()) return decode_element(code, v.step, spec.width);
-  return add_rn(mul_rn(v.step, static_cast<float>(code)), v.minimum);
+  return add_rn(mul_rn(v.step, static_cast<float>(code) + v.zero), v.minimum);
 }
 
 /// fp16 bits of the mean of a channel over the first `tokens` tokens of x [heads, tokens, head_dim]; 0 where it is not

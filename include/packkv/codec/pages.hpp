@@ -79,7 +79,7 @@ enum report_flag : std::uint32_t {
   report_page_missing = 8u,           ///< a negative page id, or a table row too short, inside a sequence
   report_length_out_of_range = 16u,   ///< a sequence or query length outside its stated maximum
   report_ring_row_out_of_range = 32u,  ///< a ring row beyond the ring: the sequence has none
-  report_code_overflow = 64u,         ///< packs: a code above 255, which became 255
+  report_code_overflow = 64u,         ///< packs, strip-adaptive: a code above 255, which became 255
   report_order_invalid = 128u,        ///< packs: a given order of a block that is no permutation of its 64 tokens
   report_tile_damaged = 256u          ///< packs, strip-adaptive: a tile that contradicts itself: its elements read as NaN
 };

@@ -57,6 +57,20 @@ __device__ inline T warp_sum(T x, call_site where = call_site::here()) {
   for (int m = 16; m > 0; m /= 2) x += shuffle_xor(x, m, where);
   return x;
 }
+__device__ inline unsigned warp_sum_unsigned(unsigned x, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return __reduce_add_sync(all_lanes, x, where);
+#else
+  return __reduce_add_sync(all_lanes, x);
+#endif
+}
+__device__ inline unsigned warp_max_unsigned(unsigned x, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return __reduce_max_sync(all_lanes, x, where);
+#else
+  return __reduce_max_sync(all_lanes, x);
+#endif
+}
 /// Sum of the values of this lane and of those below it.
 template <class T>
 __device__ inline T warp_prefix_sum(T x, call_site where = call_site::here()) {
@@ -152,6 +166,25 @@ inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, 
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();
   return refuse(status_code::cuda_error, cudaGetErrorString(error), error);
+}
+
+/// Brings the 128 bytes around an address of global memory nearer, without waiting.
+__device__ inline void prefetch([[maybe_unused]] const void* p) {
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+/// Fetches a kernel's parameters into the constant cache all at once: each 64 bytes that are first met one by one cost
+/// a wait of their own.
+template <class Parameters>
+__device__ inline void touch_parameters([[maybe_unused]] const Parameters& parameters) {
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  constexpr int lines = static_cast<int>(sizeof(Parameters) / 64);
+  static_assert(lines <= warp_threads, "a lane fetches one line");
+  const int x = lane_id() < lines ? reinterpret_cast<const int*>(&parameters)[16 * lane_id()] : 0;
+  asm volatile("" ::"r"(x));
+#endif
 }
 
 /// Zeroes memory in stream order.

@@ -14,7 +14,7 @@ namespace packkv {
 /// \param x device memory [heads, tokens, HeadDim], float16 or bfloat16, any strides. \param bytes device memory,
 /// 16-byte aligned, `capacity` >= adaptive_layout::max_bytes of (spec, heads, tokens, recent); what lies behind
 /// offsets[tiles] is left as it was. \param offsets device int64 [tiles + 1]. Groups that cannot be coded become NaN
-/// and are reported. Uses no workspace.
+/// and are reported; codes above 255 become 255 and are reported. Uses no workspace.
 template <int HeadDim>
 status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x, std::int64_t recent, std::uint8_t* bytes,
                        std::int64_t capacity, std::int64_t* offsets, const exec& e) {
@@ -38,9 +38,9 @@ status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x, std::i
           launch_means_and_tail(spec.groups, x, a.layout.coded_tokens, bytes, bytes + a.layout.tail_offset, e.stream);
       !s)
     return s;
-  if (spec.groups.axis == group_axis::token && a.layout.tiles > 0)
-    if (const status s =
-            launch(kernel::adaptive_shared_numbers<HeadDim>, grid(a.layout.coded_tokens), threads, e.stream, a);
+  if (spec.groups.shared_numbers() && a.layout.tiles > 0)
+    if (const status s = launch(kernel::adaptive_shared_numbers<HeadDim>, grid(a.layout.blocks * spec.number_count()),
+                                threads, e.stream, a);
         !s)
       return s;
   if (a.layout.tiles > 0)

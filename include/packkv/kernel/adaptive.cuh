@@ -18,28 +18,41 @@ struct adaptive_args {
   device_report* report;
 };
 
-/// Numbers that all heads share (group_axis::token); a warp per token.
+/// Where a block keeps the numbers that its heads share.
+__device__ inline std::uint8_t* shared_numbers_of(const adaptive_args& a, std::int64_t block) {
+  return a.bytes + a.layout.shared_offset + block * a.spec.groups.shared_bytes(a.layout.heads);
+}
+
+/// Writes numbers of a group to where a tile or a block keeps `count` of them.
+__device__ inline void store_numbers(detail::group_numbers n, std::uint16_t* numbers, int count, int index) {
+  numbers[index] = n.first;
+  numbers[count + index] = n.minimum;
+}
+
+/// Numbers that all heads share; a warp per group: a token, or the tokens of a block.
 template <int HeadDim>
 __global__ void __launch_bounds__(grouped_warps * 32) adaptive_shared_numbers(const __grid_constant__ adaptive_args a) {
   using namespace packkv::detail;
+  const int count = a.spec.number_count(), run = tile_tokens / count;
   std::uint32_t flags = 0;
-  for (std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * grouped_warps + warp_id();
-       token < a.layout.coded_tokens; token += static_cast<std::int64_t>(gridDim.x) * grouped_warps) {
-    warp::extremes range;
+  for (std::int64_t first = run * (static_cast<std::int64_t>(blockIdx.x) * grouped_warps + warp_id());
+       first < a.layout.coded_tokens; first += run * (static_cast<std::int64_t>(gridDim.x) * grouped_warps)) {
+    warp::extremes own;
     bool finite = true;
-    for (std::int64_t h = 0; h < a.layout.heads; ++h) {
-      float y[HeadDim / 32];
-      finite = warp::to_coded_basis<HeadDim>(a.spec.groups, a.bytes, a.x, h, token, y) && finite;
-      for (int i = 0; i < HeadDim / 32; ++i) range.add(y[i]);
-    }
-    const group_numbers n = warp::bounds_of(range.joined());
+    for (std::int64_t h = 0; h < a.layout.heads; ++h)
+      for (std::int64_t token = first; token < first + run; ++token) {
+        float y[HeadDim / 32];
+        finite = warp::to_coded_basis<HeadDim>(a.spec.groups, a.bytes, a.x, h, token, y) && finite;
+        for (int i = 0; i < HeadDim / 32; ++i) own.add(y[i]);
+      }
+    const warp::extremes range = own.joined();
+    const group_numbers n = warp::bounds_of(range);
     if (lane_id() != 0) continue;
-    flags |= !finite ? report_nonfinite_input : !n.valid() ? report_scale_overflow : 0u;
-    auto* const block =
-        reinterpret_cast<std::uint16_t*>(a.bytes + a.layout.shared_offset + token / tile_tokens * 4 * tile_tokens);
-    const int index = group_index(a.spec, static_cast<int>(token % tile_tokens), 0);
-    block[index] = n.first;
-    block[tile_tokens + index] = n.minimum;
+    flags |= report_of(a.spec, n, finite, range.highest);
+    std::uint8_t* const numbers = shared_numbers_of(a, first / tile_tokens);
+    if (run == tile_tokens) store16(numbers, bytes16{});
+    store_numbers(n, reinterpret_cast<std::uint16_t*>(numbers), count,
+                  group_index(a.spec, static_cast<int>(first % tile_tokens), 0));
   }
   detail::add_report(a.report, flags, 0);
 }
@@ -63,7 +76,7 @@ class adaptive_tile {
     }
     for (int i = 0; i < registers; ++i) {
       own_[i] = warp::bounds_of(range[i]);
-      flags |= !finite ? report_nonfinite_input : !own_[i].valid() ? report_scale_overflow : 0u;
+      flags |= report_of(a_.spec, own_[i], finite, range[i].highest);
     }
   }
 
@@ -81,13 +94,13 @@ class adaptive_tile {
       const bool finite = load(t, y);
       group_numbers n;
       if (axis == group_axis::vector) {
-        warp::extremes range;
-        for (int i = 0; i < registers; ++i) range.add(y[i]);
-        n = warp::bounds_of(range.joined());
-        flags |= !finite ? report_nonfinite_input : !n.valid() ? report_scale_overflow : 0u;
-      } else if (axis == group_axis::token) {
-        n = warp::load_numbers(a_.bytes + a_.layout.shared_offset + block_ * 4 * tile_tokens, tile_tokens,
-                               group_index(a_.spec, t, 0));
+        warp::extremes own;
+        for (int i = 0; i < registers; ++i) own.add(y[i]);
+        const warp::extremes range = own.joined();
+        n = warp::bounds_of(range);
+        flags |= report_of(a_.spec, n, finite, range.highest);
+      } else if (a_.spec.groups.shared_numbers()) {
+        n = warp::load_numbers(shared_numbers_of(a_, block_), a_.spec.number_count(), group_index(a_.spec, t, 0));
       }
       int codes[registers];
       for (int i = 0; i < registers; ++i)
@@ -165,7 +178,7 @@ __global__ void __launch_bounds__(grouped_warps * 32) write_adaptive(const __gri
     std::uint8_t* const tile = a.bytes + a.offsets[index];
     auto* const words = reinterpret_cast<std::uint32_t*>(tile + a.spec.header_bytes());
     auto* const numbers = reinterpret_cast<std::uint16_t*>(words + strips.words);
-    const int groups = a.spec.groups.tile_groups();
+    const int count = a.spec.number_count();
     for (int i = 16 * lane_id(); i < a.spec.header_bytes() + strips.words * 4; i += 16 * warp_threads)
       store16(tile + i, bytes16{});
     __syncwarp();
@@ -175,10 +188,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) write_adaptive(const __gri
         tile[strip] = strips.width[strip];
         tile[strips.count + strip] = static_cast<std::uint8_t>(base[i]);
       }
-      if (a.spec.groups.axis == group_axis::channel) {
-        numbers[group_index(a.spec, 0, c)] = maker.own(i).first;
-        numbers[groups + group_index(a.spec, 0, c)] = maker.own(i).minimum;
-      }
+      if (a.spec.groups.axis == group_axis::channel)
+        store_numbers(maker.own(i), numbers, count, group_index(a.spec, 0, c));
     }
     maker.for_each_slot([&](int slot, group_numbers n, const int(&codes)[registers]) {
       for (int i = 0; i < registers; ++i) {
@@ -187,10 +198,8 @@ __global__ void __launch_bounds__(grouped_warps * 32) write_adaptive(const __gri
         for (int w = 0; w < writes.count; ++w)
           if (writes.write[w].bits != 0) atomicOr(words + writes.write[w].word, writes.write[w].bits);
       }
-      if (a.spec.groups.axis == group_axis::vector && lane_id() == 0) {
-        numbers[group_index(a.spec, slot, 0)] = n.first;
-        numbers[groups + group_index(a.spec, slot, 0)] = n.minimum;
-      }
+      if (a.spec.groups.axis == group_axis::vector && lane_id() == 0)
+        store_numbers(n, numbers, count, group_index(a.spec, slot, 0));
     });
   }
 }

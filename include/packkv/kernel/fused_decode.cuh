@@ -102,7 +102,7 @@ class fused_block {
     return {s.units(a_.call), s.tiles, a_.raw_items};
   }
 
-  /// Finds the block's next unit and its part of it; false if there is none. Ends with a barrier.
+  /// Finds the block's next unit and its part of it; false if there is none. A barrier follows before `owner` is read.
   __device__ bool take() {
     const block::even_shares shares = storage_.shares;
     const std::int64_t item = storage_.next, end = shares.begin(blockIdx.x + 1);
@@ -114,21 +114,21 @@ class fused_block {
     const std::int64_t unit_begin = begin + number * items, unit_end = unit_begin + items;
     __syncthreads();
     unit_.set(a_.call, s, number);
-    if (threadIdx.x == threads - 1) {
-      const bool tail = unit_end <= end;
-      const int here = static_cast<int>(blockIdx.x);
+    const bool tail = unit_end <= end;
+    if (threadIdx.x == 0) {
       storage_.next = unit_end;
       storage_.tail = tail;
-      storage_.lo = static_cast<int>(min_of<std::int64_t>(item - unit_begin, s.tiles));
-      storage_.hi = static_cast<int>(min_of<std::int64_t>(min_of(end, unit_end) - unit_begin, s.tiles));
+      storage_.lo = s.first_tile + static_cast<int>(min_of<std::int64_t>(item - unit_begin, s.tiles));
+      storage_.hi = s.first_tile + static_cast<int>(min_of<std::int64_t>(min_of(end, unit_end) - unit_begin, s.tiles));
+    }
+    __syncthreads();
+    if (threadIdx.x == threads - 1) {  // needed at the end only, and divisions are slow
+      const int here = static_cast<int>(blockIdx.x);
       owners& o = storage_.owner;
       o.tail = tail ? here : shares.owner(unit_end - 1);
       o.first = s.tiles == 0 ? o.tail : item == unit_begin ? here : shares.owner(unit_begin);
       o.last = s.tiles == 0 ? o.tail : shares.owner(unit_begin + s.tiles - 1);
-      storage_.lo += s.first_tile;
-      storage_.hi += s.first_tile;
     }
-    __syncthreads();
     return true;
   }
 
@@ -144,6 +144,8 @@ class fused_block {
     const block::row_ranges ranges = unit_.ranges();
     const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
     const int end_tile = min_of(storage_.hi, ceil_div(ranges.any.end, tile_tokens));
+    if (storage_.tail && unit_.has_raw())
+      raw_tokens().template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
     stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
     __syncthreads();
 
@@ -164,12 +166,12 @@ class fused_block {
         });
       const auto rows = warp::load_rows(value_data + values::code_bytes);
       warp::value_operand<Rows> p;
-      if (first >= ranges.all.begin && first + tile_tokens <= ranges.all.end)
-        weights.weigh(s, rows, [](int, int) { return true; }, sum, p);
-      else
-        weights.weigh(
-            s, rows, [&](int k, int i) { return unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4); }, sum,
-            p);
+      std::uint32_t hidden = 0;
+      if (first < ranges.all.begin || first + tile_tokens > ranges.all.end)
+        for (int k = 0; k < warp::tokens_per_lane; ++k)
+          for (int i = 0; i < lane_rows; ++i)
+            if (!unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4)) hidden |= 1u << (lane_rows * k + i);
+      weights.weigh(s, rows, hidden, sum, p);
       sum.add(value_data, p);
       stream_.release();
     }
@@ -177,16 +179,19 @@ class fused_block {
     __syncthreads();
   }
 
+  __device__ block::raw_tokens raw_tokens() const {
+    return {a_.call, unit_.view, unit_.b, unit_.head, unit_.position[0]};
+  }
   static constexpr int part_stride = stream::buffer_bytes / 4;
   __device__ float* my_part() const { return parts_ + detail::warp_id() * part_stride; }
 
   /// Attends to sinks and ring, into raw_. The ring of tiles is empty.
   __device__ void attend_raw() {
     __syncthreads();
+    const block::raw_tokens tokens = raw_tokens();
     for (int first = 0; first < unit_.rows; first += 4) {
       warp::raw_attention<key_dim, value_dim> part(
           [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, first + r, index, x); });
-      const block::raw_tokens tokens(a_.call, unit_.view, unit_.b, unit_.head, unit_.position[0]);
       part.attend(
           detail::warp_id(), tokens.count, warps, [&](int i) { return tokens.where(i); },
           [&](int i, int r, float dot) {
@@ -244,11 +249,13 @@ class fused_block {
   }
   /// True in the last of others + 1 blocks, which then sees what the others have written.
   __device__ bool last_to_arrive(std::uint32_t* counter, unsigned others) {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) storage_.last = atomicInc(counter, others) == others;
+    if (threadIdx.x == 0) {  // the barriers and its fences order what all threads wrote and read
+      __threadfence();
+      storage_.last = atomicInc(counter, others) == others;
+      __threadfence();
+    }
     __syncthreads();
-    if (storage_.last) __threadfence();
     return storage_.last;
   }
 
@@ -285,6 +292,7 @@ __global__ void __launch_bounds__(fused_block<Format, Rows, Engine, Variant>::th
                                   fused_block<Format, Rows, Engine, Variant>::shape.blocks_per_sm)
     fused_decode(const __grid_constant__ fused_args args, const __grid_constant__ Variant variant) {
   using block_type = fused_block<Format, Rows, Engine, Variant>;
+  detail::touch_parameters(args);
   __shared__ typename block_type::temp_storage storage;
   block_type(args, variant, storage, detail::dynamic_shared()).run();
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU definition of scores, value sums and attention on the stored bytes of the `grouped` formats, in double; the
 // templates serve every format that has readers (reference/grouped_side.hpp).
-// One idea: x^ = step * code + minimum, so steps and minima fold into q, S, P or O and no element is ever rebuilt:
-//   q.x^ = sum (q step) code + q.minimum     sum w x^ = step sum w code + minimum sum w
+// One idea: x^ = step * code + offset, so steps and offsets fold into q, S, P or O and no element is ever rebuilt:
+//   q.x^ = sum (q step) code + q.offset     sum w x^ = step sum w code + offset sum w
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ void head_scores(const Reader& read, const float* q, double* scores) {
       for (int c = 0; c < dim; ++c) {
         const packkv::detail::group_values g = read.group(first, c);
         folded[c] = static_cast<double>(basis[c]) * static_cast<double>(g.step);
-        zero += static_cast<double>(basis[c]) * static_cast<double>(g.minimum);
+        zero += static_cast<double>(basis[c]) * g.offset();
       }
       for (std::int64_t t = first; t < first + spec.group; ++t) {
         scores[t] = zero;
@@ -50,7 +50,7 @@ void head_scores(const Reader& read, const float* q, double* scores) {
           codes += static_cast<double>(basis[c]) * read.code(t, c);
           sum += static_cast<double>(basis[c]);
         }
-        scores[t] += static_cast<double>(g.step) * codes + static_cast<double>(g.minimum) * sum;
+        scores[t] += static_cast<double>(g.step) * codes + g.offset() * sum;
       }
     }
   }
@@ -78,7 +78,7 @@ void head_sum(const Reader& read, const double* weights, std::int64_t count, dou
         const packkv::detail::group_values g = read.group(first, c);
         double codes = 0.0;
         for (std::int64_t t = first; t < end; ++t) codes += weights[t] * read.code(t, c);
-        sum[c] += static_cast<double>(g.step) * codes + static_cast<double>(g.minimum) * weight;
+        sum[c] += static_cast<double>(g.step) * codes + g.offset() * weight;
       }
     }
   } else {  // steps fold into the weights
@@ -86,7 +86,7 @@ void head_sum(const Reader& read, const double* weights, std::int64_t count, dou
       for (int first = 0; first < dim; first += run) {
         const packkv::detail::group_values g = read.group(t, first);
         const double folded = weights[t] * static_cast<double>(g.step);
-        const double zero = weights[t] * static_cast<double>(g.minimum);
+        const double zero = weights[t] * g.offset();
         for (int c = first; c < first + run; ++c) sum[c] += folded * read.code(t, c) + zero;
       }
   }

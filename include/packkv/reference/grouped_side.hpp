@@ -27,8 +27,9 @@ struct group_box {
 template <class Function>
 void for_each_group(const grouped_spec& spec, std::int64_t heads, const Function& f) {
   const int dim = spec.head_dim, tokens = spec.block_tokens();
-  if (spec.axis == group_axis::token) {
-    for (int t = 0; t < tokens; ++t) f(group_box{0, heads, t, 1, 0, dim});
+  if (spec.spans_heads()) {
+    const int run = spec.axis == group_axis::token ? 1 : tokens;
+    for (int t = 0; t < tokens; t += run) f(group_box{0, heads, t, run, 0, dim});
     return;
   }
   for (std::int64_t h = 0; h < heads; ++h)

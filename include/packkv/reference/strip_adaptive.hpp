@@ -29,7 +29,7 @@ inline void quantise_block(const adaptive_spec& spec, std::int64_t heads, const 
     const box_range range = range_of(groups, y, box);
     const group_numbers n = range.finite ? min_max_numbers(range.lowest, range.highest) : group_numbers{};
     const group_values v = values_of(spec, n);
-    if (!n.valid() && finite.all(box)) report.flags |= report_scale_overflow;
+    report.flags |= report_of(spec, n, finite.all(box), range.highest);
     const auto at = [&](std::int64_t h, int t, int c) {
       return static_cast<std::size_t>((h * tile_tokens + t) * groups.head_dim + c);
     };
@@ -41,14 +41,13 @@ inline void quantise_block(const adaptive_spec& spec, std::int64_t heads, const 
   });
 }
 
-/// Writes maxima and minima of groups of one head, or of those that the heads share, to [count] and [count].
-inline void store_numbers(const adaptive_spec& spec, const packkv::detail::group_numbers* numbers, std::int64_t count,
-                          std::uint8_t* to) {
+/// Writes maxima and minima of groups of one head, or of those that the heads share.
+inline void store_numbers(const adaptive_spec& spec, const packkv::detail::group_numbers* numbers, std::uint8_t* to) {
   for_each_group(spec.groups, 1, [&](const group_box& box) {
     const packkv::detail::group_numbers n = numbers[box.token * spec.groups.head_dim + box.channel];
     const int index = packkv::detail::group_index(spec, box.token, box.channel);
     store_bits(to, 2 * index, n.first);
-    store_bits(to, 2 * (count + index), n.minimum);
+    store_bits(to, 2 * (spec.number_count() + index), n.minimum);
   });
 }
 
@@ -78,7 +77,7 @@ inline std::int64_t store_tile(const adaptive_spec& spec, const std::uint8_t* co
       for (int i = 0; i < writes.count; ++i) words[writes.write[i].word] |= writes.write[i].bits;
     }
   const std::int64_t behind = spec.header_bytes() + layout.words * 4;
-  if (spec.number_bytes() > 0) store_numbers(spec, numbers, spec.groups.tile_groups(), tile + behind);
+  if (spec.number_bytes() > 0) store_numbers(spec, numbers, tile + behind);
   return behind + spec.number_bytes();
 }
 
@@ -119,8 +118,8 @@ class adaptive_reader : public head_reader {
   packkv::detail::group_values group(std::int64_t token, int channel) const {
     enter(token / tile_tokens);
     const int index = packkv::detail::group_index(view_.spec, static_cast<int>(token % tile_tokens), channel);
-    return packkv::detail::values_of(view_.spec,
-                                     {load_bits(numbers_, 2 * index), load_bits(numbers_, 2 * (groups_ + index))});
+    return packkv::detail::values_of(
+        view_.spec, {load_bits(numbers_, 2 * index), load_bits(numbers_, 2 * (view_.spec.number_count() + index))});
   }
 
  private:
@@ -130,10 +129,9 @@ class adaptive_reader : public head_reader {
     tile_ = view_.bytes + view_.offsets[block * layout_.heads + head_];
     strips_ = packkv::detail::strips_of(view_.spec, tile_);
     words_ = reinterpret_cast<const std::uint32_t*>(tile_ + view_.spec.header_bytes());
-    const bool shared = spec().shared_numbers();
-    groups_ = shared ? tile_tokens : spec().tile_groups();
-    numbers_ = shared ? view_.bytes + layout_.shared_offset + block * spec().shared_bytes(layout_.heads)
-                      : tile_ + view_.spec.header_bytes() + strips_.words * 4;
+    numbers_ = spec().shared_numbers()
+                   ? view_.bytes + layout_.shared_offset + block * spec().shared_bytes(layout_.heads)
+                   : tile_ + view_.spec.header_bytes() + strips_.words * 4;
   }
 
   const adaptive_view& view_;
@@ -143,7 +141,6 @@ class adaptive_reader : public head_reader {
   mutable const std::uint8_t *tile_ = nullptr, *numbers_ = nullptr;
   mutable const std::uint32_t* words_ = nullptr;
   mutable strip_layout strips_ = {};
-  mutable int groups_ = 0;
 };
 
 /// A checked side, which readers refer to.
@@ -167,7 +164,7 @@ inline status open_side(const adaptive_view& view, adaptive_side& side) {
 /// Codes one side of a sequence. x [heads, tokens, head_dim], float16 or bfloat16. `bytes`: 16-byte aligned, `capacity`
 /// >= adaptive_layout::max_bytes. `offsets` [tiles + 1]: tile i lies at bytes offsets[i] .. offsets[i + 1]; the last is
 /// the number of bytes used. Groups with a non-finite element, or whose bounds leave fp16's range, become NaN and are
-/// reported.
+/// reported; so are codes above 255 (with an integer zero point), which become 255.
 inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x, std::int64_t recent,
                               std::uint8_t* bytes, std::int64_t capacity, std::int64_t* offsets,
                               device_report& report) {
@@ -194,9 +191,11 @@ inline status encode_adaptive(const adaptive_spec& spec, const input_view<3>& x,
   for (std::int64_t b = 0; b < l.blocks; ++b) {
     detail::load_block(groups, x, bytes, b, y.data(), finite, report);
     detail::quantise_block(spec, l.heads, y.data(), block, report, finite);
-    if (groups.shared_numbers())
-      detail::store_numbers(spec, block.numbers.data(), tile_tokens,
-                            bytes + l.shared_offset + b * groups.shared_bytes(l.heads));
+    if (groups.shared_numbers()) {
+      std::uint8_t* const shared = bytes + l.shared_offset + b * groups.shared_bytes(l.heads);
+      std::memset(shared, 0, static_cast<std::size_t>(groups.shared_bytes(l.heads)));
+      detail::store_numbers(spec, block.numbers.data(), shared);
+    }
     for (std::int64_t h = 0; h < l.heads; ++h) {
       const std::size_t first = static_cast<std::size_t>(h) * tile_elements;
       offsets[b * l.heads + h] = next;

@@ -61,6 +61,20 @@ struct key_plane {
         detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
     return w[f.word] >> f.bit & 0x01010101u * ((1u << Bits) - 1);
   }
+
+  /// Bit at which `in_place` leaves the codes of row tile RowTile and of channels 16 * Half + 0..15.
+  template <int RowTile, int Half>
+  static constexpr int place = packkv::detail::key_field(Bits, 0, StripChannels, 16 * RowTile, 16 * Half).bit;
+
+  /// The same register with the codes where they lie in their bytes: code * 2^place, without a shift.
+  template <int RowTile, int Reg>
+  __device__ static std::uint32_t in_place(const std::uint32_t (&w)[words]) {
+    constexpr int token = 16 * RowTile + 8 * (Reg % 2), channel = 16 * (Reg / 2);
+    constexpr bit_field f =
+        detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
+    static_assert(f.bit == place<RowTile, Reg / 2>, "both rows' codes lie at the same bit");
+    return w[f.word] & 0x01010101u * ((1u << Bits) - 1) << f.bit;
+  }
 };
 
 /// One plane of a V strip: codes of Bits (1, 2, 4, 8) bits of 16 channels and 64 tokens. Rows of the operand A are

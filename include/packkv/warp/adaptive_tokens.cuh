@@ -34,10 +34,10 @@ struct adaptive_source {
       const std::int64_t index = tile * source.layout.heads + head;
       valid_ = open(source.offsets[index], source.offsets[index + 1]);
       if (!valid_) flags |= report_tile_damaged;
-      if (source.spec.groups.axis == group_axis::token) {
-        numbers_ = source.bytes + source.layout.shared_offset + tile * 4 * tile_tokens;
-        count_ = tile_tokens;
-      }
+      count_ = source.spec.number_count();
+      if (source.spec.groups.shared_numbers())
+        numbers_ =
+            source.bytes + source.layout.shared_offset + tile * source.spec.groups.shared_bytes(source.layout.heads);
     }
 
     __device__ void load(int slot, float (&x)[HeadDim / 32]) const {
@@ -67,7 +67,6 @@ struct adaptive_source {
       strips_ = detail::strips_of(format, header_);
       words_ = reinterpret_cast<const std::uint32_t*>(header_ + format.header_bytes());
       numbers_ = header_ + format.header_bytes() + strips_.words * 4;
-      count_ = format.groups.tile_groups();
       return end - begin == fixed + strips_.words * 4;
     }
 

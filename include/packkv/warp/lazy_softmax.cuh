@@ -3,7 +3,7 @@
 // One idea: weights are relative to a maximum that may lag behind, so sums are rescaled only when a weight would leave
 // the range of a half. The maximum is over score + log2(row scale of V), what is summed are the rounded weights
 // (docs/numerics.md, rules 3 and 4).
-//   lazy_softmax<Sum, Rows> softmax;   softmax.weigh(s, value_rows, sum, p);   sum.add(tile, p);
+//   lazy_softmax<Sum, Rows> softmax;   softmax.weigh(s, value_rows, hidden, sum, p);   sum.add(tile, p);
 #pragma once
 
 #include <packkv/warp/mma_value_sum.cuh>
@@ -28,29 +28,36 @@ class lazy_softmax {
     }
   }
 
-  /// Turns the scores of a tile (base 2) and the row scales of its values into weights, and rescales `sum` if need be.
-  /// seen(k, i): does the lane's row i see its token k? What a token that a row does not see has for a score or row
-  /// scale, NaN included, does not reach the row. All lanes take part.
-  template <class Seen>
-  __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], const detail::bytes16& rows, Seen&& seen, Sum& sum,
-                        value_operand<Rows>& p) {
+  /// Turns the scores of a tile (base 2) and the row scales of its values into weights, and rescales `sum` if need be. Bit
+  /// lane_rows * k + i of `hidden` is set where the lane's row i does not see its token k; what such a token has for a
+  /// score or row scale, NaN included, does not reach the row. All lanes take part.
+  __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], const detail::bytes16& rows, std::uint32_t hidden,
+                        Sum& sum, value_operand<Rows>& p) {
     using namespace packkv::detail;
-    float top[lane_rows], row[tokens_per_lane], inverse[tokens_per_lane];
+    float top[lane_rows], row[tokens_per_lane], log_row[tokens_per_lane], inverse[tokens_per_lane];
     unpack_rows(rows, row);
-    for (int i = 0; i < lane_rows; ++i) top[i] = maximum_[i];
+    const bool weak = has_weak(rows);
+    if (weak)
+      for (int k = 0; k < tokens_per_lane; ++k) row[k] = at_least(row[k], smallest_row);
     detail::for_constants<tokens_per_lane>([&](auto index) {
       constexpr int k = decltype(index)::value;
-      const float log_row = log2_fast(at_least(row[k], smallest_row));
-      inverse[k] = reciprocal_fast(fmaxf(row[k], smallest_row)) * passes::power_of_two(Sum::first_fold(k));
-      for (int i = 0; i < lane_rows; ++i) {
-        s[k][i] = seen(k, i) ? s[k][i] + log_row : -infinity();
-        top[i] = fmaxf(top[i], s[k][i]);
-      }
+      log_row[k] = log2_fast(row[k]);
+      inverse[k] = exp2_fast(static_cast<float>(Sum::first_fold(k)) - log_row[k]);
+      for (int i = 0; i < lane_rows; ++i) s[k][i] += log_row[k];
     });
+    if (hidden != 0)
+      for (int k = 0; k < tokens_per_lane; ++k) {
+        if (!(inverse[k] < infinity())) inverse[k] = 0.0f;  // a row scale that is no number, perhaps of no token
+        for (int i = 0; i < lane_rows; ++i)
+          if ((hidden >> (lane_rows * k + i) & 1u) != 0) s[k][i] = -infinity();
+      }
+    for (int i = 0; i < lane_rows; ++i) top[i] = maximum_[i];
+    for (int k = 0; k < tokens_per_lane; ++k)
+      for (int i = 0; i < lane_rows; ++i) top[i] = fmaxf(top[i], s[k][i]);
     bool rising = false;
     for (int i = 0; i < lane_rows; ++i) rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
     if (__any_sync(all_lanes, rising) != 0) raise(top, sum);
-    if (has_weak(rows)) count_weak(s, row, inverse);
+    if (weak) count_weak(s, row, log_row, inverse);
     detail::for_constants<4>([&](auto index) {
       constexpr int t = decltype(index)::value, k0 = 2 * t, k1 = 2 * t + 1;
       if constexpr (columns::paired) {
@@ -118,11 +125,11 @@ class lazy_softmax {
     return (least & 0x7c00u) == 0 || (least & 0x7c000000u) == 0;
   }
   __device__ void count_weak(const float (&s)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
-                             float (&inverse)[tokens_per_lane]) {
+                             const float (&log_row)[tokens_per_lane], float (&inverse)[tokens_per_lane]) {
     detail::for_constants<tokens_per_lane>([&](auto index) {
       constexpr int k = decltype(index)::value;
       if (row[k] < 0x1p-14f) {
-        const float back = detail::log2_fast(fmaxf(row[k], smallest_row)) - static_cast<float>(Sum::power);
+        const float back = log_row[k] - static_cast<float>(Sum::power);
         for (int i = 0; i < lane_rows; ++i) sum_[i] += detail::exp2_fast(s[k][i] - back - maximum_[i]);
         inverse[k] = 0.0f;
       }

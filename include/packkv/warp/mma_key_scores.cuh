@@ -109,24 +109,24 @@ class mma_key_scores {
   /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i. Slots that hold no token give arbitrary values,
   /// NaN included. All lanes take part.
   __device__ void compute(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
-    std::int32_t sum[4][columns::products][4] = {};
-    detail::for_constants<spec.strips.count>([&](auto index) {
-      constexpr int strip = decltype(index)::value;
-      if constexpr (spec.strips.width[strip] > 0) add_strip<strip>(tile, sum);
-    });
-    float row[tokens_per_lane];
-    unpack_rows(load_rows(tile + code_bytes), row);
-    detail::for_constants<tokens_per_lane>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      for (int i = 0; i < lane_rows; ++i) {
-        float x;
-        if constexpr (columns::paired)
-          x = joined(sum[k / 2][0][2 * (k % 2)], sum[k / 2][0][2 * (k % 2) + 1]);
-        else
-          x = joined(sum[k / 2][2 * (i / 2)][2 * (k % 2) + i % 2], sum[k / 2][2 * (i / 2) + 1][2 * (k % 2) + i % 2]);
-        s[k][i] = fmaf(row[k], fmaf(factor_[i], x, -middle_[i]), offset_[i]);
-      }
-    });
+    if constexpr (uniform_width() > 0) {
+      using plane = key_plane<uniform_width()>;
+      std::int32_t sum[2][4][columns::products][4] = {};
+      detail::for_constants<uniform_strips() / 2>([&](auto index) { add_pair<2 * decltype(index)::value>(tile, sum); });
+      store_scores(tile, s, [&](auto tile_of_rows, int product, int reg) {
+        constexpr int t = decltype(tile_of_rows)::value, apart = plane::template place<t, 1> - plane::template place<t, 0>;
+        return sum[0][t][product][reg] * (1 << apart) + sum[1][t][product][reg];
+      });
+    } else {
+      std::int32_t sum[4][columns::products][4] = {};
+      detail::for_constants<spec.strips.count>([&](auto index) {
+        constexpr int strip = decltype(index)::value;
+        if constexpr (spec.strips.width[strip] > 0) add_strip<strip>(tile, sum);
+      });
+      store_scores(tile, s, [&](auto tile_of_rows, int product, int reg) {
+        return sum[decltype(tile_of_rows)::value][product][reg];
+      });
+    }
     if constexpr (spec.leading > 0) add_leading(tile, s);
   }
 
@@ -138,11 +138,35 @@ class mma_key_scores {
   /// Largest rounded query: its high byte is at most 127.
   static constexpr float query_max = 32512.0f;
 
+  /// Where all strips that are stored have the same width and come in pairs, codes need no shift: a product has the
+  /// first 16 channels of two strips, another the last 16, and what they lie apart is made up for in the sums.
+  PACKKV_HOST_DEVICE static constexpr int uniform_strips() {
+    int count = 0;
+    for (int i = 0; i < spec.strips.count; ++i) count += spec.strips.width[i] > 0 ? 1 : 0;
+    return count;
+  }
+  PACKKV_HOST_DEVICE static constexpr int uniform_width() {
+    const int width = spec.strips.width[0];
+    bool same = (width == 1 || width == 2 || width == 4) && spec.strips.channels == 32 && uniform_strips() % 2 == 0;
+    for (int i = 1; i < spec.strips.count; ++i) same = same && (spec.strips.width[i] == width || spec.strips.width[i] == 0);
+    return same ? width : 0;
+  }
+  template <int Width>
+  using key_plane = thread::key_plane<Width, 32>;
+
+  /// What a sum of row tile t is too large by.
+  template <int RowTile>
+  PACKKV_HOST_DEVICE static constexpr int unit_of() {
+    if constexpr (uniform_width() > 0)
+      return 1 << key_plane<uniform_width()>::template place<RowTile, 1>;
+    else
+      return 1;
+  }
   /// Largest sum of codes times rounded queries.
   PACKKV_HOST_DEVICE static constexpr double largest_sum() {
     double codes = 0.0;
     for (int i = 0; i < spec.strips.count; ++i) codes += ((1 << spec.strips.width[i]) - 1) * spec.strips.channels;
-    return codes * 32640.0;
+    return codes * 32640.0 * unit_of<3>();
   }
   __device__ static float joined(std::int32_t high, std::int32_t low) {
     if constexpr (largest_sum() < 2147483647.0)
@@ -150,6 +174,24 @@ class mma_key_scores {
     else
       return fmaf(256.0f, static_cast<float>(high), static_cast<float>(low));
   }
+  /// sum(row tile, product, register) is the sum of a product.
+  template <class Sum>
+  __device__ void store_scores(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows], Sum&& sum) const {
+    float row[tokens_per_lane];
+    unpack_rows(load_rows(tile + code_bytes), row);
+    detail::for_constants<tokens_per_lane>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      constexpr float unit = 1.0f / static_cast<float>(mma_key_scores::template unit_of<k / 2>());
+      const std::integral_constant<int, k / 2> t{};
+      for (int i = 0; i < lane_rows; ++i) {
+        const float x = columns::paired ? joined(sum(t, 0, 2 * (k % 2)), sum(t, 0, 2 * (k % 2) + 1))
+                                        : joined(sum(t, 2 * (i / 2), 2 * (k % 2) + i % 2),
+                                                 sum(t, 2 * (i / 2) + (columns::paired ? 0 : 1), 2 * (k % 2) + i % 2));
+        s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), offset_[i]);
+      }
+    });
+  }
+
   /// Width of channel lane + 32 * I.
   template <int I>
   __device__ static int width_of() {
@@ -170,6 +212,27 @@ class mma_key_scores {
       std::uint32_t a[codes::registers];
       codes::template operand<t>(w, a);
       for (int n = 0; n < columns::products; ++n) detail::mma_u8s8(sum[t][n], a, query_[Strip][n]);
+    });
+  }
+
+  /// Strips Strip and Strip + 1, sums[h] with the channels 16 * h + 0..15 of both.
+  template <int Strip>
+  __device__ void add_pair(const std::uint8_t* tile, std::int32_t (&sum)[2][4][columns::products][4]) const {
+    using plane = key_plane<uniform_width()>;
+    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
+    constexpr int first = spec.strips.low[Strip], second = spec.strips.low[Strip + 1];
+    std::uint32_t w[2][plane::words];
+    plane::load(w[0], words + first, detail::lane_id());
+    plane::load(w[1], words + second, detail::lane_id());
+    detail::for_constants<8>([&](auto index) {
+      constexpr int t = decltype(index)::value / 2, half = decltype(index)::value % 2;
+      const std::uint32_t a[4] = {
+          plane::template in_place<t, 2 * half>(w[0]), plane::template in_place<t, 2 * half + 1>(w[0]),
+          plane::template in_place<t, 2 * half>(w[1]), plane::template in_place<t, 2 * half + 1>(w[1])};
+      for (int n = 0; n < columns::products; ++n) {
+        const std::uint32_t b[2] = {query_[Strip][n][half], query_[Strip + 1][n][half]};
+        detail::mma_u8s8(sum[half][t][n], a, b);
+      }
     });
   }
 

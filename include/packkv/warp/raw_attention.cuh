@@ -19,18 +19,29 @@ struct raw_token {
   dtype key_type, value_type;
 };
 
-/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come first.
 template <int Count>
-__device__ inline void load_16bit(const char* row, std::int64_t stride, dtype type, const int (&index)[Count],
-                                  float (&x)[Count]) {
-  std::uint16_t bits[Count];
-  for (int i = 0; i < Count; ++i) bits[i] = *reinterpret_cast<const std::uint16_t*>(row + index[i] * stride);
+__device__ inline void convert_16bit(const std::uint16_t (&bits)[Count], dtype type, float (&x)[Count]) {
   for (int i = 0; i < Count; ++i) {
     const float half = detail::unpack_halves(bits[i]).low;
     x[i] = type == dtype::float16 ? half : bfloat16_to_float(bits[i]);
   }
 }
 
+/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come first.
+template <int Count>
+__device__ inline void load_16bit(const char* row, std::int64_t stride, dtype type, const int (&index)[Count],
+                                  float (&x)[Count]) {
+  std::uint16_t bits[Count];
+  for (int i = 0; i < Count; ++i) bits[i] = *reinterpret_cast<const std::uint16_t*>(row + index[i] * stride);
+  convert_16bit(bits, type, x);
+}
+
+/// The bits of the channels lane, lane + 32, ... of a token.
+template <int Count>
+__device__ inline void load_channels(const char* token, std::int64_t stride, std::uint16_t (&bits)[Count]) {
+  for (int i = 0; i < Count; ++i)
+    bits[i] = *reinterpret_cast<const std::uint16_t*>(token + (detail::lane_id() + 32 * i) * stride);
+}
 /// Four query rows at a time; each becomes an attention_row in the original basis.
 template <int KeyDim, int ValueDim>
 class raw_attention {
@@ -55,16 +66,14 @@ class raw_attention {
   /// included, does not reach the row.
   template <class Token, class Score>
   __device__ void attend(int first, int end, int step, Token&& token, Score&& score) {
-    int key_index[KeyDim / 32], value_index[ValueDim / 32];
-    for (int i = 0; i < KeyDim / 32; ++i) key_index[i] = detail::lane_id() + 32 * i;
-    for (int i = 0; i < ValueDim / 32; ++i) value_index[i] = detail::lane_id() + 32 * i;
     for (int i0 = first; i0 < end; i0 += step * at_once) {
+      batch now;
+      load(i0, end, step, token, now);
       float dot[products], value[at_once][ValueDim / 32];
       for (int j = 0; j < at_once; ++j) {
-        const raw_token from = token(min_of(i0 + j * step, end - 1));
         float key[KeyDim / 32];
-        load_16bit(from.key, from.key_stride, from.key_type, key_index, key);
-        load_16bit(from.value, from.value_stride, from.value_type, value_index, value[j]);
+        convert_16bit(now.key[j], now.key_type[j], key);
+        convert_16bit(now.value[j], now.value_type[j], value[j]);
         for (int r = 0; r < rows; ++r) {
           dot[j * rows + r] = 0.0f;
           for (int i = 0; i < KeyDim / 32; ++i) dot[j * rows + r] = fmaf(query_[r][i], key[i], dot[j * rows + r]);
@@ -88,6 +97,22 @@ class raw_attention {
   static constexpr int products = at_once * rows;
   /// Product p = token * rows + row is summed in the lanes p << product_shift and the following.
   static constexpr int product_shift = products == 16 ? 1 : 3;
+
+  /// Tokens on their way.
+  struct batch {
+    std::uint16_t key[at_once][KeyDim / 32], value[at_once][ValueDim / 32];
+    dtype key_type[at_once], value_type[at_once];
+  };
+  template <class Token>
+  __device__ static void load(int first, int end, int step, Token&& token, batch& b) {
+    for (int j = 0; j < at_once; ++j) {
+      const raw_token from = token(min_of(first + j * step, end - 1));
+      load_channels(from.key, from.key_stride, b.key[j]);
+      load_channels(from.value, from.value_stride, b.value[j]);
+      b.key_type[j] = from.key_type;
+      b.value_type[j] = from.value_type;
+    }
+  }
 
   /// Sums each product over the lanes: every step halves the products that a lane keeps.
   __device__ static float share_out(float (&x)[products]) {

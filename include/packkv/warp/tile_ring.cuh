@@ -64,12 +64,14 @@ class tile_ring {
     std::uint8_t* to = buffers_ + requested_.stage * stage_bytes_;
     if (detail::lane_id() == 0) storage_.tag[requested_.stage] = tag;
     if constexpr (Engine == copy_engine::bulk) {
-      if (detail::lane_id() == 0) {
-        detail::mbarrier& full = storage_.full[requested_.stage];
-        full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
-        detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
-        if (second.bytes > 0) detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
-      }
+      detail::mbarrier& full = storage_.full[requested_.stage];
+      if (detail::lane_id() == 0) full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
+      __syncwarp();
+      // A lane for each piece.
+      const bool is_second = detail::lane_id() == 1;
+      const copy_source mine = is_second ? second : first;
+      if (detail::lane_id() < 2 && mine.bytes > 0)
+        detail::bulk_copy(to + (is_second ? first.bytes : 0), mine.data, static_cast<unsigned>(mine.bytes), full);
     } else {
       copy(to, first);
       copy(to + first.bytes, second);

@@ -31,8 +31,7 @@ class tile_stream {
     cache_ = &cache;
     report_ = report;
     b_ = b;
-    keys_ = static_cast<const std::uint8_t*>(cache.pages.key_data) + head * cache.pages.key_head_stride;
-    values_ = static_cast<const std::uint8_t*>(cache.pages.value_data) + head * cache.pages.value_head_stride;
+    head_ = head;
     next_ = first;
     end_ = end;
     step_ = step;
@@ -58,17 +57,14 @@ class tile_stream {
  private:
   /// Fetches the next tile that has a page.
   __device__ void request() {
-    using namespace packkv::detail;
     for (; next_ < end_; next_ += step_) {
       if (known_ == 0) look_up();
-      const int lane = warp_threads - known_;
-      const std::int32_t page = shuffle(page_, lane), slot = shuffle(slot_, lane);
+      const int lane = detail::warp_threads - known_;
+      const std::int64_t keys = detail::shuffle(key_at_, lane), values = detail::shuffle(value_at_, lane);
       --known_;
-      if (page < 0) continue;
-      const pages_view& pages = cache_->pages;
-      ring_.request({keys_ + page * pages.key_page_stride + static_cast<std::int64_t>(slot) * key_bytes, key_bytes},
-                    {values_ + page * pages.value_page_stride + static_cast<std::int64_t>(slot) * value_bytes, value_bytes},
-                    next_);
+      if (keys < 0) continue;
+      ring_.request({static_cast<const std::uint8_t*>(cache_->pages.key_data) + keys, key_bytes},
+                    {static_cast<const std::uint8_t*>(cache_->pages.value_data) + values, value_bytes}, next_);
       next_ += step_;
       return;
     }
@@ -76,9 +72,13 @@ class tile_stream {
   /// Finds where the next 32 tiles lie, a lane each.
   __device__ void look_up() {
     std::uint32_t flags = 0;
-    const int tile = next_ + detail::lane_id() * step_, per_page = cache_->pages.tiles_per_page;
-    page_ = tile < end_ ? find_page(cache_->table, cache_->pages.num_pages, b_, tile / per_page, flags) : -1;
-    slot_ = tile % per_page;
+    const pages_view& pages = cache_->pages;
+    const int tile = next_ + detail::lane_id() * step_;
+    const std::int64_t page =
+        tile < end_ ? find_page(cache_->table, pages.num_pages, b_, tile / pages.tiles_per_page, flags) : -1;
+    const int slot = tile % pages.tiles_per_page;
+    key_at_ = page < 0 ? -1 : page * pages.key_page_stride + head_ * pages.key_head_stride + slot * std::int64_t{key_bytes};
+    value_at_ = page * pages.value_page_stride + head_ * pages.value_head_stride + slot * std::int64_t{value_bytes};
     detail::add_report(report_, flags, 0);
     known_ = detail::warp_threads;
   }
@@ -86,10 +86,8 @@ class tile_stream {
   ring_type ring_;
   const cache_view* cache_ = nullptr;
   device_report* report_ = nullptr;
-  const std::uint8_t *keys_ = nullptr, *values_ = nullptr;  ///< of this head, in page 0
-  std::int64_t b_ = 0;
-  int next_ = 0, end_ = 0, step_ = 1, known_ = 0;
-  std::int32_t page_ = -1, slot_ = 0;
+  std::int64_t b_ = 0, key_at_ = -1, value_at_ = 0;  ///< the lane's tile of those looked up; < 0: it has no page
+  int head_ = 0, next_ = 0, end_ = 0, step_ = 1, known_ = 0;
 };
 
 }  // namespace packkv::warp
