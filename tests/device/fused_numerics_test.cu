@@ -15,7 +15,7 @@ template <class Format, class Key, class Value, class Query>
 void check_data(pk::dtype type, int group, int splits, Key&& key, Value&& value, Query&& query, double floor = 1e-3,
                 float scale = 0.0f) {
   random_source random(8000u + static_cast<unsigned>(group));
-  test_cache<Format> cache(random, cache_shape{1, 2, 64 * 9 + 17, 2, type}, Format{});
+  test_cache<Format> cache(random, cache_shape{1, 1, 64 * 9 + 17, 2, type}, Format{});
   cache.key_data.offset.clear();
   cache.key_data.device_offset = {};
   change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return key(static_cast<float>(t), c, x); });
