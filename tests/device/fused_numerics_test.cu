@@ -147,7 +147,8 @@ TEST_CASE("fused decode: a NaN key or value makes exactly the rows NaN that see 
   for (const int group : {1, 2, 4})
     for (const int splits : {1, 3}) {
       const auto coded = [&](auto which, std::int64_t token, int window, int least) {
-        check_spoilt<mixed>(group, splits, window, least, [&](auto& cache, auto&) {
+        check_spoilt<mixed>(group, splits, window, least, [&](auto& cache, auto& problem) {
+          if (splits > 1) problem.options.soft_cap = 20.0f;
           change(decltype(which)::value == 0 ? cache.keys : cache.values, nan_at(token, 17));
           cache.fill();
         });
@@ -165,6 +166,7 @@ TEST_CASE("fused decode: a NaN in sinks, ring or queries makes exactly the rows 
   for (const int group : {1, 2, 4}) {
     check_spoilt<dim_64>(group, 2, 195, group, [&](auto&, auto& problem) {
       random_source random(1);
+      problem.options.soft_cap = 20.0f;
       problem.sinks = 7;
       problem.sink_keys = problem.overlay(random, 1, 7, 64);
       problem.sink_values = problem.overlay(random, 1, 7, 64);
@@ -248,8 +250,6 @@ TEST_CASE("fused decode: keys of zeros, and queries of zeros and of extreme size
 }
 
 TEST_CASE("fused decode adds little to the error of the codes on a real cache") {
-  for (const int splits : {1, 7}) {
-    check_sample<two_bit>(splits);
-    check_sample<four_bit>(splits);
-  }
+  check_sample<two_bit>(7);
+  check_sample<four_bit>(1);
 }
