@@ -23,9 +23,10 @@ struct decode_problem {
   bool with_kv_begin = false, with_rows = false, with_context = false;
   std::int64_t tokens = 0;
 
-  decode_problem(random_source& random, test_cache<Format>& c, int group_size) : cache(c), group(group_size) {
+  decode_problem(random_source& random, test_cache<Format>& c, int group_size, int most_queries = 5)
+      : cache(c), group(group_size) {
     options.softmax_scale = 1.0f / std::sqrt(static_cast<float>(Format::key_head_dim));
-    options.max_query_len = random.one_in(2) ? 1 : random.between(1, 5);
+    options.max_query_len = random.one_in(2) ? 1 : random.between(1, most_queries);
     options.base = random.one_in(2) ? pk::lse_base::e : pk::lse_base::two;
     options.causal = !random.one_in(5);
     if (random.one_in(4)) options.soft_cap = 5.0f;

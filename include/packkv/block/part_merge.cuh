@@ -117,11 +117,13 @@ struct part_merge {
     }
   }
   __device__ static void copy(const float* from, float* to) {
-    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads) to[i] = from[i];
+    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads)
+      if (i % row_floats <= sum_at) to[i] = from[i];  // nobody has written the padding
   }
   /// From what another block has written.
   __device__ static void copy_fresh(const float* from, float* to) {
-    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads) to[i] = detail::load_fresh(from + i);
+    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads)
+      if (i % row_floats <= sum_at) to[i] = detail::load_fresh(from + i);
   }
 
   /// Row `row` of a joined part, for one warp; from shared memory, or from global memory that this block did not write.

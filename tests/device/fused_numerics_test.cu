@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// Numerics of the fused decode kernel: NaN, zeros, extremes of scales and scores, and its error on a real cache.
+#include <fstream>
+#include <iterator>
+
+#include "fused_problem.hpp"
+
+using namespace packkv_test;
+
+namespace {
+
+/// Sets keys, values and queries of a problem, then compares with the reference.
+/// key(t, c, x), value(t, c, x) and query(i, c, x) give what stands there instead of the random x.
+template <class Format, class Key, class Value, class Query>
+void check_data(pk::dtype type, int group, int splits, Key&& key, Value&& value, Query&& query, double floor = 1e-3,
+                float scale = 0.0f) {
+  random_source random(8000u + static_cast<unsigned>(group));
+  test_cache<Format> cache(random, cache_shape{1, 1, 64 * 9 + 17, 2, type}, Format{});
+  cache.key_data.offset.clear();
+  cache.key_data.device_offset = {};
+  change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return key(static_cast<float>(t), c, x); });
+  change(cache.values, [&](auto, auto, auto t, auto c, float x) { return value(static_cast<int>(t), c, x); });
+  auto problem = plain_problem(random, cache, group, 2);
+  change(problem.queries, [&](auto, auto, auto i, auto c, float x) { return query(i, c, x); });
+  problem.options.splits = splits;
+  if (scale > 0.0f) problem.options.softmax_scale = scale;
+  INFO("group " << group << ", splits " << splits);
+  const auto expected = problem.reference(), got = problem.device();
+  check_rows<Format>(got, expected, fused_tolerance<Format>(), floor);
+}
+/// With 4, 8 and 16 rows a pass, and one or more blocks a unit.
+template <class Format, class Key, class Value, class Query>
+void check_all(pk::dtype type, Key&& key, Value&& value, Query&& query, double floor = 1e-3, float scale = 0.0f) {
+  check_data<Format>(type, 2, 1, key, value, query, floor, scale);
+  check_data<Format>(type, 4, 2, key, value, query, floor, scale);
+  check_data<Format>(type, 8, 3, key, value, query, floor, scale);
+}
+
+constexpr auto same = [](auto, auto, float x) { return x; };
+constexpr auto ones = [](auto, auto, float) { return 1.0f; };
+constexpr auto zeros = [](auto, auto, float) { return 0.0f; };
+
+/// Elements of a .npy file of float16 in C order.
+std::vector<std::uint16_t> read_sample(const std::string& name, std::size_t count) {
+  std::ifstream file(std::string(PACKKV_TEST_DATA) + "/../../examples/data/sample/" + name, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (bytes.size() < count * 2 + 10 || bytes.compare(1, 5, "NUMPY") != 0) throw std::runtime_error("no sample " + name);
+  std::vector<std::uint16_t> elements(count);
+  std::memcpy(elements.data(), bytes.data() + bytes.size() - count * 2, count * 2);
+  return elements;
+}
+
+/// Mean and largest error of the kernel beside attention in double on the same codes, over the sample's last queries.
+template <class Format>
+void check_sample(int splits) {
+  constexpr int tokens = 2048, kv_heads = 2, query_heads = 12, all_queries = 16, dim = 128;
+  constexpr int queries = repeats > 1 ? all_queries : 2;
+  random_source random(1);
+  test_cache<Format> cache(random, cache_shape{1, kv_heads, tokens, 4, pk::dtype::float16}, Format{});
+  const auto take = [](tensor_data& to, const std::string& name, std::size_t rows) {
+    const auto from = read_sample(name, rows * dim);
+    std::size_t next = 0;
+    change(to, [&](auto, auto, auto, auto, float) { return pk::half_to_float(from[next++]); });
+  };
+  take(cache.keys, "k.npy", std::size_t{kv_heads} * tokens);
+  take(cache.values, "v.npy", std::size_t{kv_heads} * tokens);
+  cache.key_data.columns.clear();
+  cache.value_data.columns.clear();
+  if (Format::key().transform == pk::transform_kind::identity)  // static scales of channels, as calibration gives them
+    for (int h = 0; h < kv_heads; ++h) {
+      std::vector<double> power(dim, 0.0);
+      double all = 0.0;
+      change(cache.keys, [&](auto, auto head, auto, auto c, float x) {
+        if (head == h) power[static_cast<std::size_t>(c)] += static_cast<double>(x) * x;
+        return x;
+      });
+      for (const double p : power) all += p / dim;
+      for (const double p : power)
+        cache.key_data.columns.push_back(static_cast<float>(std::sqrt(p / all)) *
+                                         pk::gaussian_step(Format::key().strips.width[0]));
+    }
+  cache.key_data.device_columns = device_array<float>(cache.key_data.columns);
+  cache.value_data.device_columns = device_array<float>(cache.value_data.columns);
+  cache.key_data.offset.clear();
+  cache.value_data.offset.clear();
+  cache.key_data.device_offset = device_array<float>();
+  cache.value_data.device_offset = device_array<float>();
+  auto problem = plain_problem(random, cache, query_heads / kv_heads, queries);
+  const auto from = read_sample("q.npy", std::size_t{query_heads} * all_queries * dim);
+  change(problem.queries, [&](auto, auto i, auto h, auto c, float) {
+    return pk::half_to_float(from[static_cast<std::size_t>((h * all_queries + all_queries - queries + i) * dim + c)]);
+  });
+  problem.options.splits = splits;
+  const auto expected = problem.reference(), got = problem.device();
+  double mean = 0.0, worst = 0.0;
+  for (std::size_t row = 0; row < got.lse.size(); ++row) {
+    double difference = 0.0, norm = 0.0;
+    for (std::size_t i = row * dim; i < (row + 1) * dim; ++i) {
+      difference += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2);
+      norm += std::pow(static_cast<double>(expected.out[i]), 2);
+    }
+    const double error = std::sqrt(difference / norm);
+    mean += error / static_cast<double>(got.lse.size());
+    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+  }
+  INFO("splits " << splits << ", mean " << mean << ", worst " << worst);
+  CHECK(mean <= 1e-3);
+  CHECK(worst <= 3e-2);
+  CHECK(worst_lse_error(got.lse, expected.lse) < fused_tolerance<Format>());
+}
+
+/// Exactly the rows that are NaN in the reference are NaN.
+template <class Result>
+void check_nan_rows(const Result& got, const Result& expected, int dim, int at_least) {
+  int wrong = 0, rows = 0;
+  for (std::size_t i = 0; i < got.out.size(); ++i) {
+    wrong += std::isnan(got.out[i]) != std::isnan(expected.out[i]) ? 1 : 0;
+    rows += i % static_cast<std::size_t>(dim) == 0 && std::isnan(expected.out[i]) ? 1 : 0;
+  }
+  CHECK(wrong == 0);
+  CHECK(rows >= at_least);
+  CHECK(rows < static_cast<int>(got.lse.size()));
+}
+
+/// `spoil` puts NaN into a problem whose rows then see different tokens; `least`: rows that are NaN then.
+template <class Format, class Spoil>
+void check_spoilt(int group, int splits, int window, int least, Spoil&& spoil) {
+  random_source random(8901);
+  test_cache<Format> cache(random, cache_shape{1, 1, 200, 1, pk::dtype::float16}, Format{});
+  auto problem = plain_problem(random, cache, group, 4);
+  problem.options.window = window;
+  problem.options.splits = splits;
+  spoil(cache, problem);
+  INFO("group " << group << ", splits " << splits << ", window " << window);
+  const auto expected = problem.reference(), got = problem.device();
+  check_nan_rows(got, expected, Format::value_head_dim, least);
+}
+
+constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
+const auto nan_at = [](std::int64_t token, int channel) {
+  return [=](auto, auto, auto t, auto c, float x) { return t == token && c == channel ? not_a_number : x; };
+};
+
+}  // namespace
+
+TEST_CASE("fused decode: a NaN key or value makes exactly the rows NaN that see its token") {
+  for (const int group : {1, 2, 4})
+    for (const int splits : {1, 3}) {
+      const auto coded = [&](auto which, std::int64_t token, int window, int least) {
+        check_spoilt<mixed>(group, splits, window, least, [&](auto& cache, auto& problem) {
+          if (splits > 1) problem.options.soft_cap = 20.0f;
+          change(decltype(which)::value == 0 ? cache.keys : cache.values, nan_at(token, 17));
+          cache.fill();
+        });
+      };
+      const std::integral_constant<int, 0> key;
+      const std::integral_constant<int, 1> value;
+      coded(key, 198, 0, 2 * group);   // the last two queries see it
+      coded(value, 199, 0, group);     // the last
+      coded(key, 127, 71, 2 * group);  // the first two, through the window
+      coded(value, 127, 70, group);    // the first
+    }
+}
+
+TEST_CASE("fused decode: a NaN in sinks, ring or queries makes exactly the rows NaN that see it") {
+  for (const int group : {1, 2, 4}) {
+    check_spoilt<dim_64>(group, 2, 195, group, [&](auto&, auto& problem) {
+      random_source random(1);
+      problem.options.soft_cap = 20.0f;
+      problem.sinks = 7;
+      problem.sink_keys = problem.overlay(random, 1, 7, 64);
+      problem.sink_values = problem.overlay(random, 1, 7, 64);
+      change(problem.sink_keys, nan_at(2, 63));  // which the first query sees
+    });
+    check_spoilt<dim_64>(group, 1, 197, group, [&](auto&, auto& problem) {
+      random_source random(2);
+      problem.sinks = 1;
+      problem.sink_keys = problem.overlay(random, 1, 1, 64);
+      problem.sink_values = problem.overlay(random, 1, 1, 64);
+      change(problem.sink_values, nan_at(0, 0));  // which the first query sees
+    });
+    check_spoilt<dim_64>(group, 2, 0, 2, [&](auto&, auto& problem) {
+      change(problem.queries, [](auto, auto i, auto h, auto c, float x) {
+        return (i == 1 && h == 0 && c == 40) || (i == 3 && h == 0 && c == 0) ? not_a_number : x;
+      });
+    });
+  }
+}
+
+TEST_CASE("fused decode: values with row scales of zero and below the normal halves keep their weights") {
+  constexpr auto some = [](float scale) { return [=](int t, auto, float x) { return t % 3 == 0 ? x : x * scale; }; };
+  for (const float scale : {0.0f, 1e-6f, 2e-5f}) {
+    INFO("scale " << scale);
+    check_all<two_bit>(pk::dtype::bfloat16, same, some(scale), same);
+    // A scale of 0 is taken as the smallest half.
+    check_all<dim_64>(
+        pk::dtype::bfloat16, same, [=](int, auto, float x) { return x * scale; }, same, scale > 0.0f ? 1e-9 : 1e-3);
+  }
+  // Whole tiles of them, before and behind what counts.
+  check_all<two_bit>(
+      pk::dtype::bfloat16, same, [](int t, auto, float x) { return t < 300 ? 0.0f : x; }, same);
+  check_all<two_bit>(
+      pk::dtype::bfloat16, same, [](int t, auto, float x) { return t < 300 ? x : x * 1e-6f; }, same);
+}
+
+TEST_CASE("fused decode: values with large row scales do not overflow") {
+  for (const float scale : {3e3f, 2e4f}) {
+    INFO("scale " << scale);
+    constexpr auto clipped = [](float x) { return std::min(std::max(x, -6e4f), 6e4f); };
+    check_all<two_bit>(
+        pk::dtype::float16, same, [&](int, auto, float x) { return clipped(x * scale); }, same);
+    check_all<dim_64>(
+        pk::dtype::float16, same, [&](int t, auto, float x) { return clipped(t % 70 == 0 ? x * scale : x); }, same);
+  }
+}
+
+TEST_CASE("fused decode: scores that rise, fall, stay equal or stand out, slowly and fast") {
+  constexpr auto along = [](auto factor_of) {
+    return [=](float t, auto c, float x) { return factor_of(t) * (c % 2 == 0 ? 1.0f : 0.9f) + 0.02f * x; };
+  };
+  const auto check = [&](auto factor_of) { check_all<dim_64>(pk::dtype::bfloat16, along(factor_of), same, ones); };
+  check([](float t) { return 0.002f * t; });        // by 0.015 a token
+  check([](float t) { return 0.02f * t - 6.0f; });  // by 10 a tile
+  check([](float t) { return 0.2f * t - 60.0f; });  // by 100 a tile
+  check([](float t) { return 5.0f - 0.02f * t; });  // falling
+  check([](float) { return 1.0f; });                // equal
+  check([](float) { return -30.0f; });              // equal, and far below 0
+  check([](float t) { return t == 333.0f ? 60.0f : 0.0f; });
+  check([](float t) { return t == 333.0f ? -60.0f : 0.0f; });
+  check([](float t) { return t == 592.0f ? 60.0f : t == 0.0f ? 59.0f : 0.0f; });
+  // Weights that a half still holds relative to a maximum that lags behind.
+  check([](float t) { return 0.7f * std::floor(t / 64.0f); });
+  check_all<two_bit>(pk::dtype::float16, along([](float t) { return 0.01f * t; }), same, ones);
+}
+
+TEST_CASE("fused decode: keys of zeros, and queries of zeros and of extreme size") {
+  check_all<dim_64>(pk::dtype::float16, zeros, same, same);
+  check_all<two_bit>(
+      pk::dtype::float16, [](float t, auto, float x) { return std::fmod(t, 3.0f) == 0.0f ? 0.0f : x; }, same, same);
+  check_all<dim_64>(pk::dtype::float16, same, same, zeros);
+  check_all<dim_64>(pk::dtype::float16, same, same, [](auto i, auto, float x) { return i == 0 ? 0.0f : x; });
+  check_all<dim_64>(pk::dtype::bfloat16, same, same, [](auto, auto, float x) { return x * 1e-30f; });
+  check_all<dim_64>(
+      pk::dtype::float16, same, same, [](auto, auto, float x) { return x < 0 ? -6e4f : 6e4f; }, 1e-3, 2e-6f);
+  check_all<dim_64>(
+      pk::dtype::bfloat16, same, same, [](auto, auto, float x) { return x * 1e30f; }, 1e-3, 1e-31f);
+  check_all<dim_64>(
+      pk::dtype::bfloat16, [](auto, auto, float x) { return x * 1e-5f; }, same,
+      [](auto, auto, float x) { return x * 1e30f; }, 1e-3, 1e-26f);
+}
+
+TEST_CASE("fused decode adds little to the error of the codes on a real cache") {
+  check_sample<two_bit>(7);
+  check_sample<four_bit>(1);
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the fused decode kernel shares its work: quotients, even shares, and the items of a ragged batch.
+#include <algorithm>
+#include <packkv/block/work_split.cuh>
+
+#include "../support/catch.hpp"
+#include "../support/random.hpp"
+#include "device_array.hpp"
+
+using namespace packkv_test;
+namespace pk = packkv;
+
+namespace {
+
+__global__ void divide(const std::int64_t* a, const std::int64_t* b, int count, std::int64_t* whole,
+                       std::int64_t* rest) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= count) return;
+  const pk::block::quotient q(a[i], b[i]);
+  whole[i] = q.whole;
+  rest[i] = q.rest;
+}
+
+constexpr int threads = 64, samples = 512;
+
+/// What a block of a launch of `blocks` knows of the work.
+struct known_work {
+  std::int64_t shares, aligned;
+  std::int64_t begin[pk::block::max_split_sequences + 1];  ///< of the sequences
+  std::int64_t items[pk::block::max_split_sequences];      ///< of a unit of each
+  std::int64_t share_begin[samples + 1];                   ///< of the first shares
+  std::int64_t item[samples];                              ///< from the first to the last, all if they are few
+  std::int32_t share[samples], sequence[samples];          ///< that have it
+};
+
+template <int Threads>
+__global__ void share_work(const pk::block::sequence_cost* costs, int batch, std::int64_t blocks, known_work* out) {
+  __shared__ pk::block::sequence_items items;
+  items.build<Threads>(batch, blocks, [&](int b) { return costs[b]; });
+  const pk::block::even_shares shares = items.shares(batch, blocks);
+  const std::int64_t total = items.begin[batch];
+  for (int b = static_cast<int>(threadIdx.x); b <= batch; b += Threads) {
+    out->begin[b] = items.begin[b];
+    if (b < batch) out->items[b] = items.items_of(costs[b]);
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < samples; i += Threads) {
+    if (i <= shares.blocks()) out->share_begin[i] = shares.begin(i);
+    const std::int64_t item = total <= samples   ? (i < total ? i : total - 1)
+                              : i == samples - 1 ? total - 1
+                                                 : total / samples * i + i % 3;
+    if (total == 0) continue;
+    out->item[i] = item;
+    out->share[i] = shares.owner(item);
+    out->sequence[i] = items.owner(batch, item);
+  }
+  if (threadIdx.x == 0) {
+    out->shares = shares.blocks();
+    out->aligned = items.aligned;
+    out->share_begin[samples] = shares.begin(shares.blocks());
+  }
+}
+
+/// The first item of a share by its definition.
+std::int64_t expected_begin(std::int64_t total, std::int64_t shares, std::int64_t i) {
+  return total / shares * i + std::min(i, total % shares);
+}
+
+void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int64_t blocks) {
+  const int batch = static_cast<int>(costs.size());
+  const device_array<pk::block::sequence_cost> device_costs(costs);
+  device_array<known_work> device_work(1);
+  device_work.poison();
+  REQUIRE(pk::detail::launch(share_work<threads>, dim3(1), threads, cudaStream_t{}, device_costs.data(), batch, blocks,
+                             device_work.data()));
+  const known_work w = device_work.host()[0];
+  int wrong_begin = w.begin[0] != 0, short_units = 0, unaligned = 0;
+  for (std::size_t b = 0; b < costs.size(); ++b) {
+    const std::int64_t items = costs[b].units > 0 ? w.items[b] : 0;
+    wrong_begin += w.begin[b + 1] - w.begin[b] != costs[b].units * items;
+    if (costs[b].units == 0) continue;
+    short_units += w.items[b] < std::max(costs[b].tiles, 1);
+    unaligned += w.aligned > 0 && w.items[b] % w.aligned != 0;
+  }
+  CHECK(wrong_begin == 0);
+  CHECK(short_units == 0);
+  CHECK(unaligned == 0);
+  const std::int64_t total = w.begin[costs.size()];
+  CHECK(w.shares <= std::min(blocks, total));
+  if (total == 0) return;
+  REQUIRE(w.shares > 0);
+  CHECK(w.share_begin[samples] == total);
+  int wrong_share = 0, wrong_owner = 0, wrong_sequence = 0;
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(samples, w.shares + 1); ++i) {
+    wrong_share += w.share_begin[i] != expected_begin(total, w.shares, i);
+    wrong_share += w.aligned > 0 && w.share_begin[i] != i * w.aligned;  // so that units begin where shares do
+  }
+  for (int i = 0; i < samples; ++i) {
+    const std::int64_t share = w.share[i], item = w.item[i];
+    wrong_owner += share < 0 || share >= w.shares || expected_begin(total, w.shares, share) > item ||
+                   expected_begin(total, w.shares, share + 1) <= item;
+    const auto b = static_cast<std::size_t>(w.sequence[i]);
+    wrong_sequence += b >= costs.size() || w.begin[b] > item || w.begin[b + 1] <= item;
+  }
+  CHECK(wrong_share == 0);
+  CHECK(wrong_owner == 0);
+  CHECK(wrong_sequence == 0);
+}
+
+}  // namespace
+
+TEST_CASE("quotients are exact in 32 and in 64 bits") {
+  random_source random(8001);
+  std::vector<std::int64_t> a, b;
+  const std::int64_t edge = std::int64_t{1} << 32;
+  for (const std::int64_t x : {std::int64_t{0}, std::int64_t{1}, edge - 1, edge, edge + 1, edge * (edge / 4)})
+    for (const std::int64_t y : {std::int64_t{1}, std::int64_t{3}, edge - 1, edge, edge + 1})
+      a.push_back(x), b.push_back(y);
+  while (a.size() < 128) {
+    a.push_back(static_cast<std::int64_t>(random.bits() >> random.between(1, 60)));
+    b.push_back(1 + static_cast<std::int64_t>(random.bits() >> random.between(2, 62)));
+  }
+  const device_array<std::int64_t> device_a(a), device_b(b);
+  device_array<std::int64_t> whole(a.size()), rest(a.size());
+  REQUIRE(pk::detail::launch(divide, dim3(1), 128, cudaStream_t{}, device_a.data(), device_b.data(), 128, whole.data(),
+                             rest.data()));
+  const auto w = whole.host(), r = rest.host();
+  int wrong = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) wrong += w[i] != a[i] / b[i] || r[i] != a[i] % b[i];
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("ragged work is shared evenly, every item by one block that all blocks know") {
+  random_source random(8002);
+  for (int round = 0; round < 200; ++round) {
+    const int batch = random.one_in(4) ? pk::block::max_split_sequences : random.between(1, 40);
+    const int most_tiles = random.one_in(2) ? 4 : 2000;
+    std::vector<pk::block::sequence_cost> costs(static_cast<std::size_t>(batch));
+    for (auto& c : costs) {
+      c.units = random.one_in(4) ? 0 : random.between(1, 9);
+      c.tiles = random.between(0, most_tiles);
+      c.raw = random.one_in(2) ? 0 : random.between(4, 40);
+    }
+    INFO("round " << round << ", batch " << batch);
+    for (const std::int64_t blocks : {std::int64_t{1}, std::int64_t{7}, std::int64_t{132}, std::int64_t{3000}})
+      check_shares(costs, blocks);
+  }
+}
+
+TEST_CASE("few units begin with a block of their own, alike or ragged, with 16-bit tokens or without") {
+  random_source random(8003);
+  for (int round = 0; round < 200; ++round) {
+    const int batch = random.between(1, 4), raw = random.one_in(2) ? 0 : random.between(4, 40);
+    const int tiles = random.between(0, 3000);
+    const bool ragged = random.one_in(2);
+    std::vector<pk::block::sequence_cost> costs(static_cast<std::size_t>(batch));
+    for (auto& c : costs) c = {random.between(1, 4), ragged ? random.between(0, 3000) : tiles, raw};
+    INFO("round " << round << ", batch " << batch);
+    for (const int blocks : {1, 16, 132, 264}) check_shares(costs, blocks);
+  }
+}
+
+TEST_CASE("work of more items than 32 bits count is shared as evenly") {
+  const std::int32_t tiles = 1 << 25;
+  for (const std::int64_t blocks : {1, 132, 264, 100000}) {
+    check_shares({{1 << 20, tiles, 0}}, blocks);
+    check_shares({{3, tiles, 0}, {0, 5, 0}, {1 << 18, tiles + 1, 7}, {1, 0, 20}}, blocks);
+    check_shares({{1, tiles, 30}, {2, tiles / 3, 30}}, blocks);
+  }
+}
+
+TEST_CASE("a launch without work has no shares") {
+  check_shares({{0, 0, 0}}, 132);
+  check_shares({{0, 7, 4}, {0, 0, 0}}, 5);
+}
