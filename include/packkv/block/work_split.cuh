@@ -55,9 +55,9 @@ class even_shares {
 
 /// What a sequence has to do: `units` of the same size.
 struct sequence_cost {
-  std::int64_t units = 0;
-  std::int32_t tiles = 0;  ///< of each unit
-  std::int32_t raw = 0;    ///< what the 16-bit tokens of a unit cost, in tiles
+  std::int64_t units;
+  std::int32_t tiles;  ///< of each unit
+  std::int32_t raw;    ///< what the 16-bit tokens of a unit cost, in tiles
 };
 
 /// The items of the sequences of a launch, in shared memory.
