@@ -28,8 +28,8 @@ struct gemv_piece {
   std::int32_t first_head, rows;  ///< query heads first_head .. first_head + rows - 1
   std::int32_t length;            ///< tokens of the sequence
   std::int32_t lo, hi;            ///< tiles of this block
-  std::int32_t first_block,
-      last_block;  ///< that have tiles of the unit; without tiles, the one that answers for it, twice
+  /// Those that have tiles of the unit; without tiles, the one that answers for it, twice.
+  std::int32_t first_block, last_block;
 };
 
 template <int Rows, int Threads>
