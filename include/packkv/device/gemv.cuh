@@ -3,6 +3,7 @@
 #pragma once
 
 #include <packkv/device/decode_attention.cuh>
+#include <packkv/kernel/fused_gemv.cuh>
 #include <packkv/kernel/gemv.cuh>
 
 namespace packkv {
@@ -25,18 +26,134 @@ kernel::gemv_args make_gemv_args(const cache_view& cache, const input_view<3>& i
   return args;
 }
 
+/// The blocks of the kernels for static formats.
+template <class Format, int Rows>
+using static_key_gemv = kernel::key_gemv_block<typename Format::key_codec_type, Rows, warp::copy_engine::best>;
+template <class Format, int Rows>
+using static_value_gemv = kernel::value_gemv_block<typename Format::value_codec_type, Rows, warp::copy_engine::best>;
+
+/// Blocks of a launch of the value kernel over `batch` sequences.
+template <class Format, int Rows>
+std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
+  using block_type = static_value_gemv<Format, Rows>;
+  if (splits == 0) return policy::gemv_blocks(block_type::shape);
+  constexpr std::int64_t most = min_of<std::int64_t>(block_type::max_blocks, workspace_counters);
+  const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(group, Rows) * splits;
+  return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
+}
+template <class Format, int Rows>
+checked value_gemv_bytes(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
+  return checked(value_gemv_blocks<Format, Rows>(min_of<std::int64_t>(batch, block::max_split_sequences), kv_heads,
+                                                 group, splits)) *
+             2 * static_value_gemv<Format, Rows>::part_bytes +
+         workspace_counter_bytes;
+}
+
+template <class Format>
+checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
+  const int rows = policy::value_gemv_rows(group, Format::value_head_dim);
+  std::int64_t most = value_gemv_bytes<Format, 4>(batch, kv_heads, group, splits).value();
+  if (rows > 4) most = max_of(most, value_gemv_bytes<Format, 8>(batch, kv_heads, group, splits).value());
+  if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
+    if (rows > 8) most = max_of(most, value_gemv_bytes<Format, 16>(batch, kv_heads, group, splits).value());
+  return most;
+}
+
+/// Calls launch(args) for each part of the batch that one launch takes.
+template <class Launch>
+status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
+  for (std::int32_t first = 0; first < args.call.cache.batch; first += block::max_split_sequences) {
+    args.call.first_sequence = first;
+    args.call.sequences = min_of<std::int32_t>(block::max_split_sequences, args.call.cache.batch - first);
+    if (const status s = launch_part(args); !s) return s;
+  }
+  return {};
+}
+
+template <class Format, int Rows>
+status launch_key_gemv(const kernel::fused_gemv_args& all, const exec& e) {
+  using block_type = static_key_gemv<Format, Rows>;
+  return for_each_launch(all, [&](const kernel::fused_gemv_args& args) {
+    return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, warp::copy_engine::best>,
+                  grid_for(policy::gemv_blocks(block_type::shape)),
+                  block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
+  });
+}
+template <class Format, int Rows>
+status launch_value_gemv(kernel::fused_gemv_args all, const exec& e, std::int32_t splits) {
+  using block_type = static_value_gemv<Format, Rows>;
+  const std::int64_t batch = min_of<std::int64_t>(all.call.cache.batch, block::max_split_sequences);
+  const std::int32_t kv_heads = all.call.cache.pages.kv_heads, group = all.call.group;
+  if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(batch, kv_heads, group, splits)); !s) return s;
+  all.counters = static_cast<std::uint32_t*>(e.workspace);
+  all.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
+  const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits);
+  return for_each_launch(all, [&](const kernel::fused_gemv_args& args) {
+    return launch(kernel::fused_value_gemv<typename Format::value_codec_type, Rows, warp::copy_engine::best>,
+                  grid_for(blocks), block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
+  });
+}
+
+template <class Format>
+status launch_key_gemv(const kernel::fused_gemv_args& args, const exec& e) {
+  switch (policy::key_gemv_rows(args.call.group)) {
+    case 4:
+      return launch_key_gemv<Format, 4>(args, e);
+    case 8:
+      return launch_key_gemv<Format, 8>(args, e);
+    default:
+      return launch_key_gemv<Format, 16>(args, e);
+  }
+}
+template <class Format>
+status launch_value_gemv(const kernel::fused_gemv_args& args, const exec& e, std::int32_t splits) {
+  constexpr int most = policy::value_gemv_rows(16, Format::value_head_dim);
+  switch (policy::value_gemv_rows(args.call.group, Format::value_head_dim)) {
+    case 4:
+      return launch_value_gemv<Format, 4>(args, e, splits);
+    case 8:
+      return launch_value_gemv<Format, 8>(args, e, splits);
+    default:
+      return launch_value_gemv<Format, most>(args, e, splits);
+  }
+}
+
+/// Arguments of the kernels for static formats.
+inline status make_fused_gemv_args(const cache_view& cache, const input_view<3>& in, const output_view<3>& out,
+                                   const side_parameters& parameters, float scale, const exec& e,
+                                   kernel::fused_gemv_args& args) {
+  if (in.extent[1] > max_count) return refuse(status_code::overflow, "more than 2^31 - 1 query heads");
+  args.call.cache = cache;
+  args.call.in = in;
+  args.call.out = out;
+  args.call.group = static_cast<std::int32_t>(in.extent[1] / cache.pages.kv_heads);
+  args.call.report = e.report;
+  args.parameters = parameters;
+  args.scale = scale;
+  return {};
+}
+
 }  // namespace detail
 
 /// scores[b, h, t] = scale * q[b, h, :] . k^[b, t, :] for t < seq_lens[b], in stream order.
 /// \param queries device memory [batch, query_heads, D_k], any dtype; scores [batch, query_heads, max_seq_len], any
 /// dtype. Scores at t >= seq_lens[b] are left as they were, tokens without a page give -inf. The cache has no sinks and
 /// no ring. Uses no workspace.
+/// \remark Formats whose plans are known at compile time have a kernel with matrix instructions, for up to 16 query
+/// heads per KV head in one pass over the cache. It rounds q times the column scales to 16 bits, the unit being 1 /
+/// 32512 of the largest of a query (docs/numerics.md, rule 1); a query that is not finite gives NaN. Scores of 16 bits
+/// are stored in pairs where rows lie in aligned 32-bit words.
 template <class Format>
 status key_gemv(const input_view<3>& queries, const cache_view& cache, const parameters<Format>& params, float scale,
                 const output_view<3>& scores, const exec& e) {
   if (const status s = detail::check_gemv(cache, params, queries, scores, Format::key_head_dim, cache.max_seq_len); !s)
     return s;
   if (cache.batch == 0 || cache.max_seq_len == 0) return {};
+  if constexpr (detail::has_fused_kernel<Format>::value) {
+    kernel::fused_gemv_args args{};
+    if (const status s = detail::make_fused_gemv_args(cache, queries, scores, params.key, scale, e, args); !s) return s;
+    return detail::launch_key_gemv<Format>(args, e);
+  }
   const std::int64_t group = queries.extent[1] / cache.pages.kv_heads;
   const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, 0);
   if (grid.units == 0 || !(checked(grid.units) * grid.splits).valid() || grid.units * grid.splits > detail::max_count)
@@ -50,19 +167,31 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
                         policy::decode_warps * 32, e.stream, args);
 }
 
-/// Workspace of value_gemv for every call within the maxima (max_query_len does not count). -1 as
-/// decode_workspace_bytes.
+/// Bytes of workspace of value_gemv for every call within the maxima (max_query_len does not count), whichever kernel
+/// the format has. A pure function; -1 as decode_workspace_bytes.
 template <class Format>
 std::int64_t value_gemv_workspace_bytes(decode_maxima m) {
   m.max_query_len = 1;
-  return decode_workspace_bytes<Format>(m);
+  if constexpr (detail::has_fused_kernel<Format>::value) {
+    if (m.batch < 0 || m.kv_heads <= 0 || m.query_heads < m.kv_heads || m.query_heads % m.kv_heads != 0 ||
+        m.max_seq_len < 0 || m.splits < 0)
+      return -1;
+    return detail::value_gemv_bound<Format>(m.batch, m.kv_heads, m.query_heads / m.kv_heads, m.splits).value();
+  } else {
+    return decode_workspace_bytes<Format>(m);
+  }
 }
 
 /// out[b, h, :] = sum over t < seq_lens[b] of weights[b, h, t] * v^[b, t, :], in stream order.
 /// \param weights device memory [batch, query_heads, max_seq_len], any dtype; out [batch, query_heads, D_v], any dtype.
 /// Tokens without a page count as 0, and so do tokens of weight 0 whatever they hold. The cache has no sinks and no
-/// ring. \param splits blocks that share a sequence and KV head; 0: chosen from maxima. \param e workspace of
-/// value_gemv_workspace_bytes(maxima), initialised once.
+/// ring. \param splits blocks that share a sequence and KV head; 0: chosen from maxima. Results repeat bit for bit for
+/// the same number of splits. \param e workspace of value_gemv_workspace_bytes(maxima), initialised once. \remark
+/// Formats whose plans are known at compile time have a kernel with matrix instructions, for up to 16 query heads per
+/// KV head in one pass over the cache (8 for D_v = 512). Weights may have any size and sign: each weight times row
+/// scale is rounded to a half relative to a power of two of its row, so that it is off by at most 2^-11 of itself or
+/// 2^-22 of the largest of its row so far, whichever is more; sums are float32, before the inverse transform. A weight
+/// that is not finite makes its row not finite.
 template <class Format>
 status value_gemv(const input_view<3>& weights, const cache_view& cache, const parameters<Format>& params,
                   const output_view<3>& out, const exec& e, std::int32_t splits = 0) {
@@ -70,6 +199,11 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
     return s;
   if (splits < 0 || splits > 4096) return refuse(status_code::invalid_argument, "splits must be 0..4096");
   if (cache.batch == 0) return {};
+  if constexpr (detail::has_fused_kernel<Format>::value) {
+    kernel::fused_gemv_args args{};
+    if (const status s = detail::make_fused_gemv_args(cache, weights, out, params.value, 1.0f, e, args); !s) return s;
+    return detail::launch_value_gemv<Format>(args, e, splits);
+  }
   const std::int64_t group = weights.extent[1] / cache.pages.kv_heads;
   const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, splits);
   if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;

@@ -54,11 +54,12 @@ class fused_block {
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
   using merge = block::part_merge<value_dim, Rows, warps>;
   static constexpr int lane_rows = scores::lane_rows;
-  static constexpr int shared_bytes = warps * stream::buffer_bytes + 2 * merge::part_floats * 4;
+  /// Of a warp: its tiles, and where they were, its results.
+  static constexpr int warp_bytes = max_of(stream::buffer_bytes, merge::part_floats * 4);
+  static constexpr int shared_bytes = warps * warp_bytes + 2 * merge::part_floats * 4;
   static_assert(shared_bytes == shape.shared_bytes, "the policy knows what the kernel needs");
-  static_assert(stream::buffer_bytes >= merge::part_floats * 4, "a warp's results fit where its tiles were");
   /// Most blocks of a launch: their factors fit where the tiles were.
-  static constexpr int max_blocks = merge::max_parts(warps * stream::buffer_bytes / 4);
+  static constexpr int max_blocks = merge::max_parts(warps * warp_bytes / 4);
 
   struct temp_storage : fixed_storage {
     typename stream::temp_storage stream_of[warps];
@@ -71,9 +72,9 @@ class fused_block {
         storage_(storage),
         unit_(storage.unit),
         parts_(reinterpret_cast<float*>(dynamic)),
-        coded_(reinterpret_cast<float*>(dynamic + warps * stream::buffer_bytes)),
+        coded_(reinterpret_cast<float*>(dynamic + warps * warp_bytes)),
         raw_(coded_ + merge::part_floats),
-        stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * stream::buffer_bytes) {}
+        stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * warp_bytes) {}
 
   __device__ void run() {
     storage_.items.template build<threads>(a_.sequences, gridDim.x, [&](int index) {
@@ -178,7 +179,7 @@ class fused_block {
     __syncthreads();
   }
 
-  static constexpr int part_stride = stream::buffer_bytes / 4;
+  static constexpr int part_stride = warp_bytes / 4;
   __device__ float* my_part() const { return parts_ + detail::warp_id() * part_stride; }
 
   /// Attends to sinks and ring, into raw_. The ring of tiles is empty.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two halves of attention on their own: scores = scale * q.K^T and out = w.V over coded tiles, and the merge
-// of attention states. The pieces are those of kernel/decode_attention.cuh.
+// of attention states. For formats that are known at run time, a code at a time; kernel/fused_gemv.cuh has the others.
 #pragma once
 
 #include <packkv/block/split_merge.cuh>

@@ -34,9 +34,9 @@ PACKKV_HOST_DEVICE constexpr fused_block_shape make_fused_shape(int stage_bytes,
     const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * stage_bytes);
     s.stages = min_of(min_of(max_of(wanted, 2), 4), room / (s.warps * stage_bytes));
     const bool enough = s.stages >= 2 || (s.stages == 1 && s.warps <= 4);
-    if ((enough && s.stages * stage_bytes >= part_bytes) || s.warps == 1) break;
+    if ((enough && s.warps * part_bytes <= room) || s.warps == 1) break;
   }
-  s.shared_bytes = s.warps * s.stages * stage_bytes + 2 * part_bytes;
+  s.shared_bytes = s.warps * max_of(s.stages * stage_bytes, part_bytes) + 2 * part_bytes;
   return s;
 }
 

@@ -51,6 +51,7 @@ class mma_key_scores {
       source(row, index, q);
       bool finite = true;
       for (int i = 0; i < registers; ++i) finite = finite && is_finite(q[i]);
+      finite = __all_sync(all_lanes, finite) != 0;  // if not, integers are made of zeros
       if (head.channel_offset != nullptr)
         for (int i = 0; i < registers; ++i) offset = fmaf(q[i], head.channel_offset[index[i]], offset);
       if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
@@ -60,12 +61,11 @@ class mma_key_scores {
         const int c = lane_id() + 32 * i;
         if (c < spec.leading) storage.leading[c][row] = factor * q[i] * head.leading_scale[c];
         const int width = mma_key_scores::template width_of<i>();
-        q[i] = width > 0 && c >= spec.leading ? q[i] * column_of(head, width, c) : 0.0f;
+        q[i] = finite && width > 0 && c >= spec.leading ? q[i] * column_of(head, width, c) : 0.0f;
         largest = fmaxf(largest, fabsf(q[i]));
       });
       offset = warp_sum(offset);
       largest = warp_max(largest);
-      finite = __all_sync(all_lanes, finite) != 0;
       const float scale = largest > 0x1p-100f ? query_max / largest : 0.0f;
       std::int32_t middle = 0;  // twice the sum
       detail::for_constants<dim / 32>([&](auto index) {

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of a GEMV kernel has to do: pieces of units, a unit being a sequence, a KV head and up to Rows query
+// heads. One idea: blocks share the tiles evenly (work_split), so a block has a few pieces, and a unit one block or
+// several neighbours.
+//   gemv_units<Rows, Threads> units(call, storage, true);   while (units.next()) { const gemv_piece& p = units.piece();
+//   ... }
+#pragma once
+
+#include <packkv/block/work_split.cuh>
+#include <packkv/codec/pages.hpp>
+#include <packkv/detail/report.cuh>
+
+namespace packkv::block {
+
+/// The arguments of a GEMV that do not depend on its format.
+struct gemv_call {
+  cache_view cache;
+  input_view<3> in;    ///< queries [batch, query_heads, D_k] or weights [batch, query_heads, max_seq_len]
+  output_view<3> out;  ///< scores [batch, query_heads, max_seq_len] or outputs [batch, query_heads, D_v]
+  std::int32_t group;  ///< query heads per KV head
+  std::int32_t first_sequence, sequences;  ///< of this launch
+  device_report* report;
+};
+
+/// In 32 bits, and without holes between its members.
+struct gemv_piece {
+  std::int32_t b, head;           ///< sequence, KV head
+  std::int32_t first_head, rows;  ///< query heads first_head .. first_head + rows - 1
+  std::int32_t length;            ///< tokens of the sequence
+  std::int32_t lo, hi;            ///< tiles of this block
+  /// Those that have tiles of the unit; without tiles, the one that answers for it, twice.
+  std::int32_t first_block, last_block;
+};
+
+template <int Rows, int Threads>
+class gemv_units {
+ public:
+  struct temp_storage {
+    sequence_items items;
+    std::int32_t length[max_split_sequences];
+    even_shares shares;
+    std::int64_t next;  ///< item
+    gemv_piece piece;
+    bool found;
+  };
+
+  /// With `empty`, units without tiles are pieces, too. All threads take part, here and below.
+  __device__ gemv_units(const gemv_call& call, temp_storage& storage, bool empty) : call_(call), storage_(storage) {
+    storage_.items.template build<Threads>(call.sequences, gridDim.x, [&](int index) {
+      std::uint32_t flags = 0;
+      const std::int32_t length =
+          detail::clamp_length(call.cache.seq_lens, call.first_sequence + index, call.cache.max_seq_len, flags);
+      detail::add_report(call.report, flags, 0);
+      storage_.length[index] = length;
+      const int tiles = ceil_div(length, tile_tokens);
+      return sequence_cost{tiles > 0 || empty ? static_cast<std::int64_t>(chunks()) * call.cache.pages.kv_heads : 0,
+                           tiles, 0};
+    });
+    if (threadIdx.x == 0) {
+      storage_.shares = storage_.items.shares(call.sequences, gridDim.x);
+      storage_.next = blockIdx.x < storage_.shares.blocks() ? storage_.shares.begin(blockIdx.x) : -1;
+    }
+  }
+
+  /// Finds the block's next piece; false if there is none. Begins and ends with a barrier.
+  __device__ bool next() {
+    __syncthreads();
+    if (threadIdx.x == 0) storage_.found = find();
+    __syncthreads();
+    return storage_.found;
+  }
+  __device__ const gemv_piece& piece() const { return storage_.piece; }
+
+ private:
+  __device__ int chunks() const { return ceil_div(call_.group, Rows); }
+
+  /// By one thread.
+  __device__ bool find() {
+    const even_shares shares = storage_.shares;
+    if (storage_.next < 0) return false;
+    const auto here = static_cast<int>(blockIdx.x);
+    const std::int64_t end = shares.begin(here + 1);
+    while (storage_.next < end) {
+      const std::int64_t item = storage_.next;
+      const int index = storage_.items.owner(call_.sequences, item);
+      const sequence_cost cost = storage_.items.cost[index];
+      const std::int64_t items = storage_.items.items_of(cost), begin = storage_.items.begin[index];
+      const std::int64_t number = quotient(item - begin, items).whole;
+      const std::int64_t unit_begin = begin + number * items;
+      storage_.next = unit_begin + items;
+      const std::int64_t offset = item - unit_begin;     // of the piece, in the unit
+      if (offset > 0 && offset >= cost.tiles) continue;  // the rest of a unit is nobody's work
+      const quotient head(number, chunks());
+      const int first_row = static_cast<int>(head.rest) * Rows;
+      gemv_piece& p = storage_.piece;
+      p.b = call_.first_sequence + index;
+      p.head = static_cast<int>(head.whole);
+      p.first_head = p.head * call_.group + first_row;
+      p.rows = min_of(Rows, call_.group - first_row);
+      p.length = storage_.length[index];
+      p.lo = static_cast<int>(offset);
+      p.hi = static_cast<int>(min_of<std::int64_t>(end - unit_begin, cost.tiles));
+      p.first_block = offset == 0 ? here : shares.owner(unit_begin);
+      p.last_block = cost.tiles == 0 ? here : shares.owner(unit_begin + cost.tiles - 1);
+      return true;
+    }
+    return false;
+  }
+
+  const gemv_call& call_;
+  temp_storage& storage_;
+};
+
+}  // namespace packkv::block

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two halves of attention on their own, with matrix instructions on codes: scores = scale * q.K^T and out = w.V.
+// One idea: the pieces of the fused decode kernel, on one side of the cache: a warp takes tiles from a ring of its own;
+// parts of value sums are plain floats, which the last block of a unit adds up in order.
+#pragma once
+
+#include <packkv/block/gemv_units.cuh>
+#include <packkv/block/part_merge.cuh>
+#include <packkv/policy/fused_gemv.hpp>
+#include <packkv/warp/mma_key_scores.cuh>
+#include <packkv/warp/raw_attention.cuh>
+#include <packkv/warp/scaled_weights.cuh>
+#include <packkv/warp/score_store.cuh>
+#include <packkv/warp/side_stream.cuh>
+#include <packkv/warp/value_sum.cuh>
+
+namespace packkv::kernel {
+
+struct fused_gemv_args {
+  block::gemv_call call;
+  side_parameters parameters;
+  float scale;              ///< of scores
+  float* parts;             ///< of value sums: [blocks][2][part_floats]
+  std::uint32_t* counters;  ///< of value sums: [blocks], zero between launches
+};
+
+/// x[i] = channel index[i] of a query of any type.
+template <int Count>
+__device__ inline void load_query(const input_view<3>& queries, std::int64_t b, std::int64_t head,
+                                  const int (&index)[Count], float (&x)[Count]) {
+  const auto* const row = static_cast<const char*>(detail::address(queries, b, head, 0));
+  const std::int64_t stride = queries.stride[2];
+  if (queries.type == dtype::float32)
+    for (int i = 0; i < Count; ++i) x[i] = *reinterpret_cast<const float*>(row + index[i] * stride);
+  else
+    warp::load_16bit(row, stride, queries.type, index, x);
+}
+
+/// Codec is a static key_codec of kind plan.
+template <class Codec, int Rows, warp::copy_engine Engine>
+class key_gemv_block {
+ public:
+  static constexpr codec_spec spec = Codec::spec();
+  static constexpr int tile_bytes = spec.tile_bytes();
+  using scores = warp::mma_key_scores<Codec, Rows>;
+  /// What the block needs in shared memory whatever its shape, with room for the unit list and for the rings' barriers.
+  static constexpr int fixed_bytes =
+      static_cast<int>(sizeof(typename scores::temp_storage) + sizeof(block::sequence_items)) + 3072;
+  static constexpr auto shape = policy::make_gemv_shape(tile_bytes, 0, fixed_bytes, policy::key_gemv_registers(Rows));
+  static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
+  using units_type = block::gemv_units<Rows, threads>;
+  using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
+
+  struct temp_storage {
+    typename scores::temp_storage queries;
+    typename units_type::temp_storage units;
+    typename stream_type::temp_storage stream_of[warps];
+  };
+  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(fixed_bytes),
+                "the policy knows what the kernel needs");
+
+  __device__ static void run(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic) {
+    using namespace packkv::detail;
+    units_type units(a.call, storage.units, false);
+    stream_type stream(storage.stream_of[warp_id()], dynamic + warp_id() * shape.warp_bytes);
+    while (units.next()) {
+      const block::gemv_piece piece = units.piece();
+      stream.open(warp::key_pages(a.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
+      // The queries before the tiles: behind all blocks' first tiles they would wait for microseconds.
+      scores::prepare(
+          storage.queries, of_head(Codec::spec(), a.parameters, piece.head),
+          [&](int r, const auto& index, auto& x) {
+            load_query(a.call.in, piece.b, piece.first_head + min_of(r, piece.rows - 1), index, x);
+            for (auto& y : x) y = r < piece.rows ? y : 0.0f;
+          },
+          a.scale, warp_id(), warps);
+      stream.start();
+      __syncthreads();
+      const scores keys(storage.queries);
+      const warp::score_store<Rows> to(a.call.out, piece.b, piece.first_head, piece.rows);
+      int number;
+      const std::uint8_t* tile;
+      while (stream.next(number, tile)) {
+        float s[warp::tokens_per_lane][scores::lane_rows];
+        if (tile != nullptr) {
+          keys.compute(tile, s);
+        } else {
+          for (auto& token : s)
+            for (float& x : token) x = -infinity();
+        }
+        stream.release();
+        to.store(s, number * tile_tokens, piece.length);
+      }
+      stream.report(a.call.report);
+    }
+  }
+};
+
+/// Codec is a static value_codec of kind plan.
+template <class Codec, int Rows, warp::copy_engine Engine>
+class value_gemv_block {
+ public:
+  static constexpr codec_spec spec = Codec::spec();
+  static constexpr int dim = spec.head_dim, tile_bytes = spec.tile_bytes();
+  using values = warp::mma_value_sum<Codec, Rows>;
+  static constexpr int part_bytes = block::part_merge<dim, Rows, 1>::part_floats * 4;
+  static constexpr int fixed_bytes = static_cast<int>(sizeof(block::sequence_items)) + 3072;
+  static constexpr auto shape =
+      policy::make_gemv_shape(tile_bytes, part_bytes, fixed_bytes, policy::value_gemv_registers(Rows, dim));
+  static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
+  using units_type = block::gemv_units<Rows, threads>;
+  using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
+  using merge = block::part_merge<dim, Rows, warps>;
+  static constexpr int part_stride = shape.warp_bytes / 4;
+  /// Most blocks of a launch: their factors fit where the tiles were.
+  static constexpr int max_blocks = merge::max_parts(warps * part_stride);
+  static_assert(max_blocks >= policy::gemv_blocks(shape), "all blocks' parts can be joined");
+
+  struct temp_storage {
+    typename units_type::temp_storage units;
+    typename stream_type::temp_storage stream_of[warps];
+    bool last;
+  };
+  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(fixed_bytes),
+                "the policy knows what the kernel needs");
+
+  __device__ value_gemv_block(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic)
+      : a_(a),
+        storage_(storage),
+        parts_(reinterpret_cast<float*>(dynamic)),
+        joined_(reinterpret_cast<float*>(dynamic + warps * shape.warp_bytes)) {}
+
+  __device__ void run() {
+    using namespace packkv::detail;
+    units_type units(a_.call, storage_.units, true);
+    stream_type stream(storage_.stream_of[warp_id()],
+                       reinterpret_cast<std::uint8_t*>(parts_ + warp_id() * part_stride));
+    while (units.next()) {
+      const block::gemv_piece piece = units.piece();
+      add_tiles(piece, stream);
+      __syncthreads();
+      finish(piece);
+      fence_async_copies();  // the ring takes tiles again
+    }
+  }
+
+ private:
+  using columns = typename values::columns;
+
+  /// Leaves each warp's part where its tiles were.
+  __device__ void add_tiles(const block::gemv_piece& piece, stream_type& stream) {
+    using namespace packkv::detail;
+    stream.open(warp::value_pages(a_.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
+    warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows, piece.length);
+    if (piece.lo + warp_id() < piece.hi) source.load((piece.lo + warp_id()) * tile_tokens);
+    stream.start();
+    warp::scaled_weights<values, Rows> weights;
+    values sum;
+    int number;
+    const std::uint8_t* tile;
+    while (stream.next(number, tile)) {
+      float w[warp::tokens_per_lane][values::lane_rows];
+      source.get(w);
+      warp::value_operand<Rows> p = {};
+      if (tile != nullptr) weights.weigh(w, warp::load_rows(tile + values::code_bytes), sum, p);
+      // The next weights are on their way while this tile is added, and need no registers before.
+      if (number + warps < piece.hi) source.load((number + warps) * tile_tokens);
+      if (tile != nullptr) sum.add(tile, p);
+      stream.release();
+    }
+    stream.report(a_.call.report);
+    float* const part = parts_ + warp_id() * part_stride;
+    float total[values::lane_rows];
+    weights.finish(sum, total, [&](int row, int channel, float x) { part[row * merge::row_floats + channel] = x; });
+    if (lane_id() < 4)
+      for (int i = 0; i < values::lane_rows; ++i) {
+        float* const row = part + columns::row(i) * merge::row_floats;
+        row[merge::maximum_at] = 0.0f;  // parts of equal maximum are added as they are
+        row[merge::sum_at] = total[i];
+      }
+  }
+
+  /// The part of a block's unit that began there, or before it.
+  __device__ float* part_of(const block::gemv_piece& piece, int block) const {
+    return a_.parts +
+           (static_cast<std::int64_t>(block) * 2 + (block == piece.first_block ? 1 : 0)) * merge::part_floats;
+  }
+
+  /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
+  __device__ void finish(const block::gemv_piece& piece) {
+    const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
+    merge::join_warps(parts_, part_stride, others == 0 ? joined_ : part_of(piece, here));
+    if (others > 0) {
+      if (!last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others))) return;
+      merge::join_blocks(
+          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, parts_, joined_);
+    }
+    __syncthreads();
+    write(piece);
+  }
+  /// True in the last of others + 1 blocks, which then sees what the others have written.
+  __device__ bool last_to_arrive(std::uint32_t* counter, unsigned others) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) storage_.last = atomicInc(counter, others) == others;
+    __syncthreads();
+    if (storage_.last) __threadfence();
+    return storage_.last;
+  }
+
+  /// Moves the rows into the original basis and stores them.
+  __device__ void write(const block::gemv_piece& piece) {
+    using namespace packkv::detail;
+    const head_parameters head = of_head(Codec::spec(), a_.parameters, piece.head);
+    for (int r = warp_id(); r < piece.rows; r += warps) {
+      auto row = merge::read_row(joined_, r);
+      // Without an offset the sum of the weights does not count, even where it is not finite.
+      warp::value_sum<dim, 1>::finish(
+          Codec::spec(), head, row.channel, head.channel_offset != nullptr ? row.sum : 0.0f, [&](int c, float x) {
+            store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
+          });
+    }
+  }
+
+  const fused_gemv_args& a_;
+  temp_storage& storage_;
+  float *parts_, *joined_;  ///< of the warps, where their tiles were; of the block
+};
+
+/// Grid: any number of blocks, which share the work; see policy::gemv_blocks.
+template <class Codec, int Rows, warp::copy_engine Engine>
+__global__ void __launch_bounds__(key_gemv_block<Codec, Rows, Engine>::threads,
+                                  key_gemv_block<Codec, Rows, Engine>::shape.blocks_per_sm)
+    fused_key_gemv(const __grid_constant__ fused_gemv_args args) {
+  using block_type = key_gemv_block<Codec, Rows, Engine>;
+  __shared__ typename block_type::temp_storage storage;
+  block_type::run(args, storage, detail::dynamic_shared());
+}
+template <class Codec, int Rows, warp::copy_engine Engine>
+__global__ void __launch_bounds__(value_gemv_block<Codec, Rows, Engine>::threads,
+                                  value_gemv_block<Codec, Rows, Engine>::shape.blocks_per_sm)
+    fused_value_gemv(const __grid_constant__ fused_gemv_args args) {
+  using block_type = value_gemv_block<Codec, Rows, Engine>;
+  __shared__ typename block_type::temp_storage storage;
+  block_type(args, storage, detail::dynamic_shared()).run();
+}
+
+}  // namespace packkv::kernel

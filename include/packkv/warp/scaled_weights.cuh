@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights of any size as the operand of mma_value_sum, and where they come from.
+// One idea: weights times row scales are divided by a power of two of each row, which only grows, and by so much that
+// sums are seldom rescaled; what is summed are the rounded weights, so that only their rounding is lost.
+//   weight_source<Rows> from(weights, b, first_head, rows, length);   from.load(first);   from.get(w);
+//   scaled_weights<Sum, Rows> scale;   scale.weigh(w, value_rows, sum, p);   sum.add(tile, p);
+#pragma once
+
+#include <packkv/core/views.hpp>
+#include <packkv/warp/mma_value_sum.cuh>
+
+namespace packkv::warp {
+
+/// Weights [batch, query_heads, tokens] of any type, a tile ahead in registers.
+template <int Rows>
+class weight_source {
+ public:
+  using columns = score_columns<Rows>;
+  static constexpr int lane_rows = columns::lane_rows;
+
+  /// Of the rows first_head .. first_head + rows - 1 of sequence b, tokens below `length`.
+  __device__ weight_source(const input_view<3>& in, std::int64_t b, std::int64_t first_head, int rows, int length)
+      : type_(in.type), stride_(in.stride[2]), rows_(rows), length_(length) {
+    for (int i = 0; i < lane_rows; ++i)
+      from_[i] = static_cast<const char*>(
+          detail::address(in, b, first_head + min_of(columns::row(i), rows - 1), detail::lane_id() / 4));
+  }
+
+  /// Starts to load the weights of the tokens first .. first + 63.
+  __device__ void load(int first) {
+    const int count = length_ - first - detail::lane_id() / 4;
+    if (type_ == dtype::float32)
+      each(first, count, [](const char* p) { return *reinterpret_cast<const std::uint32_t*>(p); });
+    else
+      each(first, count, [](const char* p) { return std::uint32_t{*reinterpret_cast<const std::uint16_t*>(p)}; });
+  }
+  /// w[k][i] = weight of token 8 * k + lane / 4 and of the lane's row i; 0 beyond the length and in rows that do not
+  /// exist.
+  __device__ void get(float (&w)[tokens_per_lane][lane_rows]) const {
+    for (int k = 0; k < tokens_per_lane; ++k)
+      for (int i = 0; i < lane_rows; ++i)
+        w[k][i] = detail::bit_cast<float>(type_ == dtype::float32 ? bits_[k][i] : bits_[k][i] << 16);
+    if (type_ == dtype::float16)
+      for (int k = 0; k < tokens_per_lane; ++k)
+        for (int i = 0; i < lane_rows; ++i) w[k][i] = detail::unpack_halves(bits_[k][i]).low;
+  }
+
+ private:
+  template <class Load>
+  __device__ void each(int first, int count, Load&& load_bits) {
+    for (int i = 0; i < lane_rows; ++i) {
+      const char* p = from_[i] + first * stride_;
+      const int visible = columns::row(i) < rows_ ? count : 0;
+      for (int k = 0; k < tokens_per_lane; ++k, p += 8 * stride_) bits_[k][i] = 8 * k < visible ? load_bits(p) : 0u;
+    }
+  }
+
+  dtype type_;
+  std::int64_t stride_;
+  int rows_, length_;
+  const char* from_[lane_rows];
+  std::uint32_t bits_[tokens_per_lane][lane_rows];
+};
+
+/// Sum is an mma_value_sum of Rows rows. Each weight times row scale is rounded to a half: by at most 2^-11 of itself,
+/// or 2^-22 of the row's largest so far where that is more. Weights of 0 select: what their tokens hold, NaN included,
+/// does not reach the row. A weight that is not finite makes all of its row's sums not finite.
+template <class Sum, int Rows>
+class scaled_weights {
+ public:
+  using columns = score_columns<Rows>;
+  static constexpr int lane_rows = columns::lane_rows;
+
+  __device__ scaled_weights() {
+    for (int i = 0; i < lane_rows; ++i) {
+      set(i, smallest);
+      sum_[i] = 0.0f;
+      zero_[i] = 0.0f;
+    }
+  }
+
+  /// Turns the weights of a tile and the row scales of its values into the operand, and rescales `sum` if need be. All
+  /// lanes take part.
+  __device__ void weigh(const float (&w)[tokens_per_lane][lane_rows], const detail::bytes16& rows, Sum& sum,
+                        value_operand<Rows>& p) {
+    using namespace packkv::detail;
+    float top[lane_rows], row[tokens_per_lane];
+    unpack_rows(rows, row);
+    bool rising = false;
+    for (int i = 0; i < lane_rows; ++i) {
+      top[i] = 0.0f;
+      for (int k = 0; k < tokens_per_lane; ++k) {
+        top[i] = fmaxf(top[i], fabsf(w[k][i] * row[k]));  // NaN is no maximum
+        sum_[i] += w[k][i];
+      }
+      rising = rising || top[i] > limit_[i];
+    }
+    if (__any_sync(all_lanes, rising) != 0) raise(top, sum);
+    detail::for_constants<4>([&](auto index) {
+      constexpr int t = decltype(index)::value, k0 = 2 * t, k1 = 2 * t + 1;
+      constexpr float unit0 = passes::power_of_two(Sum::power - Sum::first_fold(k0));
+      constexpr float unit1 = passes::power_of_two(Sum::power - Sum::first_fold(k1));
+      const float row0 = row[k0] * unit0, row1 = row[k1] * unit1;
+      if constexpr (columns::paired) {
+        const std::uint32_t h = pack_halves(scaled(w[k0][0], row0, 0), scaled(w[k1][0], row1, 0));
+        const two_floats rounded = unpack_halves(h);
+        count<k0>(rounded.low, 0);
+        count<k1>(rounded.high, 0);
+        // Lane 4 * c + p has column c: row c / 2, and the tokens of one half of 16 by c's parity.
+        const std::uint32_t x = movmatrix(h);
+        const bool odd = (lane_id() / 4) % 2 != 0;
+        p.b[t][0][0] = odd ? 0u : x;
+        p.b[t][0][1] = odd ? x : 0u;
+      } else {
+        for (int n = 0; n < columns::blocks; ++n) {
+          const int i0 = 2 * n, i1 = 2 * n + 1;
+          const std::uint32_t h0 = pack_halves(scaled(w[k0][i0], row0, i0), scaled(w[k0][i1], row0, i1));
+          const std::uint32_t h1 = pack_halves(scaled(w[k1][i0], row1, i0), scaled(w[k1][i1], row1, i1));
+          const two_floats low = unpack_halves(h0), high = unpack_halves(h1);
+          count<k0>(low.low, i0);
+          count<k0>(low.high, i1);
+          count<k1>(high.low, i0);
+          count<k1>(high.high, i1);
+          p.b[t][n][0] = movmatrix(h0);
+          p.b[t][n][1] = movmatrix(h1);
+        }
+      }
+    });
+  }
+
+  /// sink(row, channel, value) gets the lane's part of the sums, and weights[i] becomes what the weights of the lane's
+  /// row i add up to, in all lanes that have the row. All lanes take part.
+  template <class Sink>
+  __device__ void finish(const Sum& sum, float (&weights)[lane_rows], Sink&& sink) const {
+    float zero[lane_rows];
+    for (int i = 0; i < lane_rows; ++i) {
+      weights[i] = sum_[i];
+      zero[i] = zero_[i];
+      for (int m = 4; m < detail::warp_threads; m *= 2) {
+        weights[i] += detail::shuffle_xor(weights[i], m);
+        zero[i] += detail::shuffle_xor(zero[i], m);
+      }
+      zero[i] *= passes::power_of_two(-Sum::power);
+    }
+    // Two factors, because one would not always be a float.
+    float low[lane_rows], high[lane_rows];
+    for (int i = 0; i < lane_rows; ++i) {
+      low[i] = exponential(exponent_[i] >> 1);
+      high[i] = exponential(exponent_[i] - (exponent_[i] >> 1));
+    }
+    sum.each(zero, [&](int row, int channel, float x) {
+      for (int i = 0; i < lane_rows; ++i)
+        if (row == columns::row(i)) sink(row, channel, x * low[i] * high[i]);
+    });
+  }
+
+ private:
+  /// Weights times row scales are divided by 2^smallest .. 2^largest: all of the range of floats, and what lies beyond.
+  static constexpr int smallest = -126, largest = 145;
+
+  /// 2^e; 0 below the normal floats.
+  __device__ static float exponential(int e) {
+    return detail::bit_cast<float>(static_cast<std::uint32_t>(max_of(e + 127, 0)) << 23);
+  }
+  __device__ void set(int i, int exponent) {
+    exponent_[i] = exponent;
+    inverse_low_[i] = exponential(-(exponent >> 1));
+    inverse_high_[i] = exponential(-(exponent - (exponent >> 1)));
+    // A product beyond the floats is divided by 2^largest, whatever the limit.
+    limit_[i] = exponent == largest ? detail::infinity() : exponential(min_of(exponent + Sum::headroom, 127));
+  }
+  __device__ float scaled(float w, float row, int i) const {
+    return w == 0.0f ? 0.0f : w * inverse_low_[i] * (row * inverse_high_[i]);
+  }
+  template <int K>
+  __device__ void count(float rounded, int i) {
+    zero_[i] = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero_[i]);
+  }
+
+  __device__ void raise(float (&top)[lane_rows], Sum& sum) {
+    float factor[lane_rows];
+    for (int i = 0; i < lane_rows; ++i) {
+      for (int m = 4; m < detail::warp_threads; m *= 2) top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
+      const auto bits = static_cast<int>(detail::bit_cast<std::uint32_t>(top[i]) >> 23);
+      const int exponent = max_of(exponent_[i], bits == 255 ? largest : bits - 126);
+      factor[i] = exponential(exponent_[i] - exponent);
+      set(i, exponent);
+      zero_[i] *= factor[i];
+    }
+    sum.rescale(factor);
+  }
+
+  int exponent_[lane_rows];  ///< of the power of two
+  float inverse_low_[lane_rows], inverse_high_[lane_rows], limit_[lane_rows];
+  float sum_[lane_rows], zero_[lane_rows];  ///< of weights; of weights times row scales, rounded and divided
+};
+
+}  // namespace packkv::warp

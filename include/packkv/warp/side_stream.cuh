@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of one side and KV head that a warp has to visit, brought into shared memory ahead of their use.
+// One idea: as tile_stream, but of K or of V alone, and every tile comes, in order: one without a page as null.
+//   side_stream<bytes, 4, Engine> stream(storage, buffers);   stream.open(source, b, first, end, step); stream.start();
+//   while (stream.next(number, tile)) { use it; stream.release(); }   stream.report(to);
+#pragma once
+
+#include <packkv/codec/pages.hpp>
+#include <packkv/detail/report.cuh>
+#include <packkv/warp/tile_ring.cuh>
+
+namespace packkv::warp {
+
+/// The pages of one side and KV head.
+struct side_pages {
+  const page_table* table;
+  const std::uint8_t* data;  ///< of the head, in page 0
+  std::int64_t page_stride;  ///< bytes
+  std::int32_t num_pages, tiles_per_page;
+};
+__device__ inline side_pages key_pages(const cache_view& cache, int head) {
+  const pages_view& p = cache.pages;
+  return {&cache.table, static_cast<const std::uint8_t*>(p.key_data) + head * p.key_head_stride, p.key_page_stride,
+          p.num_pages, p.tiles_per_page};
+}
+__device__ inline side_pages value_pages(const cache_view& cache, int head) {
+  const pages_view& p = cache.pages;
+  return {&cache.table, static_cast<const std::uint8_t*>(p.value_data) + head * p.value_head_stride,
+          p.value_page_stride, p.num_pages, p.tiles_per_page};
+}
+
+template <int TileBytes, int Stages, copy_engine Engine>
+class side_stream {
+ public:
+  using ring_type = tile_ring<Stages, resolved(Engine)>;
+  using temp_storage = typename ring_type::temp_storage;
+
+  /// `buffers`: Stages * TileBytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
+  __device__ side_stream(temp_storage& storage, std::uint8_t* buffers) : ring_(storage, buffers, TileBytes) {}
+
+  /// The tiles first, first + step, ... below `end` of sequence b come next; those before have all been released. Looks
+  /// up where the first of them lie, without waiting for it.
+  __device__ void open(const side_pages& pages, std::int64_t b, int first, int end, int step) {
+    pages_ = pages;
+    b_ = b;
+    current_ = next_ = first;
+    end_ = end;
+    step_ = step;
+    look_up();
+  }
+  /// Starts to fetch.
+  __device__ void start() {
+#pragma unroll 1
+    for (int i = 0; i < Stages; ++i) request();
+  }
+
+  /// Waits for the next tile; false if there is none. `number` is its number in the sequence, `tile` is null if it has
+  /// no page.
+  __device__ bool next(int& number, const std::uint8_t*& tile) {
+    if (open_ == 0) return false;
+    number = current_;
+    current_ += step_;
+    tile = (present_ & 1u) != 0 ? ring_.wait() : nullptr;
+    return true;
+  }
+  /// All lanes have read that tile.
+  __device__ void release() {
+    if ((present_ & 1u) != 0) ring_.release();
+    present_ >>= 1;
+    --open_;
+    request();
+  }
+
+  /// Reports what was wrong with the pages since the last time.
+  __device__ void report(device_report* to) {
+    detail::add_report(to, flags_, 0);
+    flags_ = 0;
+  }
+
+ private:
+  __device__ void request() {
+    if (next_ >= end_) return;
+    if (known_ == 0) look_up();
+    const std::int64_t offset = detail::shuffle(offset_, detail::warp_threads - known_);
+    --known_;
+    if (offset != no_page) {
+      ring_.request({pages_.data + offset, TileBytes});
+      present_ |= 1u << open_;
+    }
+    ++open_;
+    next_ += step_;
+  }
+  /// Finds where the next 32 tiles lie, a lane each.
+  __device__ void look_up() {
+    const int tile = next_ + detail::lane_id() * step_, per_page = pages_.tiles_per_page;
+    std::int32_t page = -1;
+    if (tile < end_) page = find_page(*pages_.table, pages_.num_pages, b_, tile / per_page, flags_);
+    offset_ = page < 0 ? no_page : page * pages_.page_stride + static_cast<std::int64_t>(tile % per_page) * TileBytes;
+    known_ = detail::warp_threads;
+  }
+
+  static constexpr std::int64_t no_page = -0x7fffffffffffffff - 1;
+
+  ring_type ring_;
+  side_pages pages_ = {};
+  std::int64_t b_ = 0, offset_ = no_page;
+  int current_ = 0, next_ = 0, end_ = 0, step_ = 1;
+  int known_ = 0, open_ = 0;   ///< tiles looked up and not requested; requested and not released
+  std::uint32_t present_ = 0;  ///< bit i: number i of the latter has a page
+  std::uint32_t flags_ = 0;
+};
+
+}  // namespace packkv::warp
