@@ -100,9 +100,14 @@ void family_agrees(random_source& random) {
   const auto direct = p.device();
   pk::parameters<any_format> params{as_runtime(Format::key(), Format::value()), cache.gpu_parameters().key,
                                     cache.gpu_parameters().value};
-  const std::int64_t bytes =
-      family::decode_workspace_bytes({cache.shape.batch, cache.shape.kv_heads, p.heads(), p.options.max_query_len,
-                                      cache.shape.max_tokens, p.options.splits});
+  pk::decode_maxima maxima;
+  maxima.batch = cache.shape.batch;
+  maxima.kv_heads = cache.shape.kv_heads;
+  maxima.query_heads = p.heads();
+  maxima.max_query_len = p.options.max_query_len;
+  maxima.max_seq_len = cache.shape.max_tokens;
+  maxima.splits = p.options.splits;
+  const std::int64_t bytes = family::decode_workspace_bytes(maxima);
   const auto chosen = run(p, bytes, [&](const auto& out, const auto& lse, const pk::exec& e) {
     return family::decode_attention(p.query_view(true), p.device_query_start.data(), p.view(true), params, out, lse,
                                     p.with_arrays(true), e);

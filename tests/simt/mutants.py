@@ -145,6 +145,9 @@ comparisons = {"<": ("less{%d}", "<="), "<=": ("less_equal{%d}", "<"), ">": ("gr
                ">=": ("greater_equal{%d}", ">")}
 lane_name = r"\b(lane|lane_id ?\( ?\)|threadIdx ?\. ?x)$"
 not_kernels = ("include/packkv/device/",)  # host code: no bounds there
+# Kernels whose mutants have not been gone through yet: only with --only. docs/reliability.md says what is missing.
+unexamined = re.compile(r"include/packkv/(kernel/fused_|block/(decode_unit|gemv_units|part_merge|row_ranges|work_split)|"
+                        r"warp/(attention_row|lazy_softmax|mma_|raw_attention|scaled_weights|score_|side_stream|tile_stream))")
 instructions = ("include/packkv/detail/matrix.cuh", "include/packkv/detail/async.cuh")  # each a definition, not a use
 
 
@@ -578,7 +581,7 @@ def main():
     work = (options.work or pathlib.Path(temporary.name)).resolve()
     workers = concurrent.futures.ThreadPoolExecutor(options.jobs)
     mutants = instrument(work)
-    chosen = [m for m in mutants if re.search(options.only or "", str(m))]
+    chosen = [m for m in mutants if (re.search(options.only, str(m)) if options.only else not unexamined.match(m.path))]
     if options.list:
         print(*(f"{m.number}: {m}" for m in chosen), sep="\n")
         return 0
@@ -596,12 +599,13 @@ def main():
     report(chosen, reasons)
     caught = sum(m.outcome.startswith("caught") for m in chosen)
     print(f"{len(chosen)} mutants, {caught} caught ({100 * caught / len(chosen):.1f} %), "
-          f"{len(chosen) - caught} survived; {built - begin:.0f} s to build, {time.monotonic() - built:.0f} s to run")
+          f"{len(chosen) - caught} survived; {len(mutants) - len(chosen)} left out; {built - begin:.0f} s to build, {time.monotonic() - built:.0f} s to run")
     known = {m.key for m in chosen}
     survived = collections.Counter(m.key for m in chosen if not m.outcome.startswith("caught"))
     new, stale = survived - listed, listed - survived
     for key in list(stale):
-        if key in known and reasons[key].startswith("out of bounds: ") or key not in known and options.only:
+        left_out = key not in known and (options.only or unexamined.match(key[0]))
+        if left_out or key in known and reasons[key].startswith("out of bounds: "):
             del stale[key]
     for title, keys in (("not in mutant_survivors.txt", new), ("stale in mutant_survivors.txt", stale)):
         for key in keys.elements():

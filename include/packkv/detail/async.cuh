@@ -73,9 +73,9 @@ __device__ inline void fence_barrier_init([[maybe_unused]] call_site where = cal
 }
 
 /// Orders this thread's ordinary accesses to shared memory before later bulk copies into it. A barrier of threads comes
-/// before the thread that copies.
+/// before the thread that copies. Nothing where there are no bulk copies.
 __device__ inline void fence_async_copies() {
-#if !defined(PACKKV_SIMT_EXECUTOR)
+#if !defined(PACKKV_SIMT_EXECUTOR) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }

@@ -192,11 +192,11 @@ class mma_key_scores {
     });
   }
 
-  /// Width of channel lane + 32 * I.
-  template <int I>
+  /// Width of channel lane + 32 * Part.
+  template <int Part>
   __device__ static int width_of() {
-    constexpr int low = spec.strips.width[32 * I / spec.strips.channels];
-    constexpr int high = spec.strips.width[(32 * I + 16) / spec.strips.channels];
+    constexpr int low = spec.strips.width[32 * Part / spec.strips.channels];
+    constexpr int high = spec.strips.width[(32 * Part + 16) / spec.strips.channels];
     return detail::lane_id() < 16 ? low : high;
   }
 
