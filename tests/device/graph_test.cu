@@ -89,7 +89,7 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
       REQUIRE(pk::reference::decode_attention(host_q, host_start.data(), cache.host_cache(), cache.host_parameters(),
                                               pk::make_output(expected.data(), pk::dtype::float32, {batch, heads, dim}),
                                               {}, options, cache.report));
-      CHECK(worst_row_error(got, expected, dim) < 4e-5);
+      CHECK(worst_row_error(got, expected, dim) < 2e-3);  // the fused kernel: q in 16 bits, weights in halves
     }
   }
   // The same state again and again: the same bits.

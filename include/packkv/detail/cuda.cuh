@@ -159,7 +159,7 @@ inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, 
   const void* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {static_cast<void*>(&parameter)...};
   cudaError_t error = cudaSuccess;
-  if (block.shared_bytes > 48 * 1024)  // more than every kernel may have unasked
+  if (block.shared_bytes > 0)  // with the kernel's own, perhaps more than every kernel may have unasked
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, block.shared_bytes);
   if (error == cudaSuccess) error = cudaLaunchKernel(function, grid, threads, pointers, shared_bytes, stream);
 #endif

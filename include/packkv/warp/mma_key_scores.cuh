@@ -43,17 +43,17 @@ class mma_key_scores {
     using namespace packkv::detail;
     for (int row = warp; row < Rows; row += warps) {
       constexpr int registers = dim / 32;
-      int index[registers];
-      for (int i = 0; i < registers; ++i) index[i] = lane_id() + 32 * i;
+      int channel[registers];
+      for (int i = 0; i < registers; ++i) channel[i] = lane_id() + 32 * i;
       if (spec.transform == transform_kind::permutation)
-        for (int i = 0; i < registers; ++i) index[i] = head.permutation[index[i]];
+        for (int i = 0; i < registers; ++i) channel[i] = head.permutation[channel[i]];
       float q[registers], offset = 0.0f;
-      source(row, index, q);
+      source(row, channel, q);
       bool finite = true;
       for (int i = 0; i < registers; ++i) finite = finite && is_finite(q[i]);
       finite = __all_sync(all_lanes, finite) != 0;  // if not, integers are made of zeros
       if (head.channel_offset != nullptr)
-        for (int i = 0; i < registers; ++i) offset = fmaf(q[i], head.channel_offset[index[i]], offset);
+        for (int i = 0; i < registers; ++i) offset = fmaf(q[i], head.channel_offset[channel[i]], offset);
       if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
       float largest = 0.0f;
       detail::for_constants<dim / 32>([&](auto index) {
