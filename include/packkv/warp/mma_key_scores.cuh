@@ -59,7 +59,9 @@ class mma_key_scores {
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
         const int c = lane_id() + 32 * i;
-        if (c < spec.leading) storage.leading[c][row] = factor * q[i] * head.leading_scale[c];
+        if constexpr (i == 0)
+          for (int l = 0; l < spec.leading; ++l)
+            if (c == l) storage.leading[l][row] = factor * q[0] * head.leading_scale[l];
         const int width = mma_key_scores::template width_of<i>();
         q[i] = finite && width > 0 && c >= spec.leading ? q[i] * column_of(head, width, c) : 0.0f;
         largest = fmaxf(largest, fabsf(q[i]));
