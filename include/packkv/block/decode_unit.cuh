@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a block of the fused decode kernel knows of its work: the call, a sequence, and a unit (sequence, KV head, up to
-// Rows query rows) with the ranges of tokens that its rows see. Kept in shared memory; the tile loop needs little of it.
+// Rows query rows) with the ranges of tokens that its rows see. Kept in shared memory; the tile loop needs little of
+// it.
 #pragma once
 
 #include <packkv/block/row_ranges.cuh>
@@ -70,8 +71,8 @@ struct decode_sequence {
 
 /// Tokens of one row and KV head of an overlay, in 16 bits.
 struct overlay_tokens {
-  const char *key, *value;               ///< of slot 0
-  std::int64_t key_token, value_token;   ///< bytes between tokens
+  const char *key, *value;                ///< of slot 0
+  std::int64_t key_token, value_token;    ///< bytes between tokens
   std::int64_t key_stride, value_stride;  ///< bytes between channels
   dtype key_type, value_type;
 
@@ -104,8 +105,7 @@ class raw_tokens {
     if (sinks_ > 0) overlay_[0].set(cache.sinks.keys, cache.sinks.values, b, head);
     if (view.ring_begin < view.length) {
       overlay_[1].set(cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head);
-      ring_first_ =
-          max_of(max_of(view.ring_begin, view.sinks), token_at(view, first_position - view.ring_window + 1));
+      ring_first_ = max_of(max_of(view.ring_begin, view.sinks), token_at(view, first_position - view.ring_window + 1));
       capacity_ = static_cast<int>(cache.ring.keys.extent[2]);
       ring_slot_ = ring_first_ % capacity_;
     }
@@ -131,7 +131,11 @@ class raw_tokens {
     const int ring_slot = ring_slot_ + i - sinks_;
     const int slot = sink ? i : ring_slot < capacity_ ? ring_slot : ring_slot - capacity_;
     const overlay_tokens& o = overlay_[sink ? 0 : 1];
-    return {o.key + slot * o.key_token, o.value + slot * o.value_token, o.key_stride, o.value_stride, o.key_type,
+    return {o.key + slot * o.key_token,
+            o.value + slot * o.value_token,
+            o.key_stride,
+            o.value_stride,
+            o.key_type,
             o.value_type};
   }
 
@@ -163,7 +167,8 @@ struct decode_unit {
       head = kv_head;
       rows = min_of(Rows, all - first_row);
     }
-    if (threadIdx.x == detail::warp_threads && s.has_raw()) raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
+    if (threadIdx.x == detail::warp_threads && s.has_raw())
+      raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
     if (threadIdx.x < Rows) {
       const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1), token = row / call.group;
       query_token[r] = s.query_begin + token;
@@ -215,14 +220,14 @@ struct decode_unit {
       if (call.out.type == dtype::float32)
         *reinterpret_cast<float*>(to) = x;
       else
-        *reinterpret_cast<std::uint16_t*>(to) = call.out.type == dtype::float16
-                                                    ? static_cast<std::uint16_t>(pack_halves(x, 0.0f))
-                                                    : float_to_bfloat16(x);
+        *reinterpret_cast<std::uint16_t*>(to) =
+            call.out.type == dtype::float16 ? static_cast<std::uint16_t>(pack_halves(x, 0.0f)) : float_to_bfloat16(x);
     }
     if (call.lse.data != nullptr && lane_id() == 0) {
       const float base2 = row.maximum + log2f(row.sum);
       const float unit = call.options.base == lse_base::two ? 1.0f : 1.0f / log2e;
-      store_element(address(call.lse, query_token[r], query_head[r]), call.lse.type, empty ? -infinity() : base2 * unit);
+      store_element(address(call.lse, query_token[r], query_head[r]), call.lse.type,
+                    empty ? -infinity() : base2 * unit);
     }
   }
 };

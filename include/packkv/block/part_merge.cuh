@@ -17,8 +17,8 @@ struct part_merge {
   static constexpr int maximum_at = HeadDim, sum_at = HeadDim + 1;
   static constexpr int part_floats = Rows * row_floats;
 
-  /// Joins the Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in shared or
-  /// global memory. The caller synchronises the block before and after.
+  /// Joins the Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in shared
+  /// or global memory. The caller synchronises the block before and after.
   __device__ static void join_warps(const float* parts, int stride, float* to) {
     for (int i = static_cast<int>(threadIdx.x); i < Rows * HeadDim; i += threads) {
       const int row = i / HeadDim, channel = i % HeadDim;
@@ -88,7 +88,8 @@ struct part_merge {
       };
 #pragma unroll
       for (int i = 0; i < ahead; ++i)
-        if (slice + i * slices < count) add(slice + i * slices, q == first ? early[i] : channels(slice + i * slices, q));
+        if (slice + i * slices < count)
+          add(slice + i * slices, q == first ? early[i] : channels(slice + i * slices, q));
 #pragma unroll 8
       for (int p = slice + ahead * slices; p < count; p += slices) add(p, channels(p, q));
       for (int i = 0; i < 4; ++i)

@@ -67,9 +67,9 @@ struct sequence_items {
   std::int64_t aligned;  ///< > 0: units begin at multiples of this, which is also what a block takes
   bool own_tail;         ///< then: tails begin there, too
 
-  /// cost_of(b) is called once for each of `batch` <= max_split_sequences sequences. All threads of the block take part;
-  /// ends with a barrier. Where units are few, each begins with a block of its own: a block that has parts of two units
-  /// does them one after the other.
+  /// cost_of(b) is called once for each of `batch` <= max_split_sequences sequences. All threads of the block take
+  /// part; ends with a barrier. Where units are few, each begins with a block of its own: a block that has parts of two
+  /// units does them one after the other.
   template <int Threads, class Cost>
   __device__ void build(int batch, std::int64_t blocks, Cost&& cost_of) {
     for (int b = static_cast<int>(threadIdx.x); b < batch; b += Threads) cost[b] = cost_of(b);

@@ -73,13 +73,15 @@ constexpr policy::fused_block_shape fused_shape() {
 }
 template <class Format, int Rows>
 inline constexpr std::int64_t fused_part_bytes =
-    std::int64_t{3} * block::part_merge<Format::value_head_dim, Rows, fused_shape<Format, Rows>().warps>::part_floats * 4;
+    std::int64_t{3} * block::part_merge<Format::value_head_dim, Rows, fused_shape<Format, Rows>().warps>::part_floats *
+    4;
 
 /// Blocks of a launch over `batch` sequences.
 template <class Format, int Rows>
 std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
   if (splits == 0) return policy::fused_blocks(fused_shape<Format, Rows>());
-  constexpr std::int64_t most = kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::max_blocks;
+  constexpr std::int64_t most =
+      kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::max_blocks;
   const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(rows, Rows) * splits;
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
@@ -90,11 +92,12 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, c
   const attention_options& options = args.call.options;
   const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
   const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits);
-  if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes); !s)
+  if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
+      !s)
     return s;
   const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
   args.raw_items = policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
-                                                         (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
+                                    (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
   args.counters = static_cast<std::uint32_t*>(e.workspace);
   args.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
   constexpr auto shape = fused_shape<Format, Rows>();
@@ -111,7 +114,9 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, c
 template <class Format, class Variant>
 status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
   const std::int64_t rows = std::int64_t{args.call.group} * args.call.options.max_query_len;
-  if (rows > max_count) return refuse(status_code::overflow, "more than 2^31 - 1 query rows per KV head");
+  const checked units = checked(ceil_div<std::int64_t>(rows, 4)) * args.call.cache.pages.kv_heads;  // of a sequence
+  if (rows > max_count || !units.valid() || units.value() > max_count)
+    return refuse(status_code::overflow, "more than 2^31 - 1 query rows of a sequence: cut the call into smaller ones");
   switch (policy::fused_rows(rows)) {
     case 4:
       return launch_fused<Format, 4>(args, rows, e, variant);
@@ -126,10 +131,42 @@ template <class Format>
 checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
   batch = min_of<std::int64_t>(batch, block::max_split_sequences);
   std::int64_t most = fused_blocks<Format, 4>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 4>;
-  if (rows > 4) most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 8>);
+  if (rows > 4)
+    most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 8>);
   if (rows > 8)
     most = max_of(most, fused_blocks<Format, 16>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 16>);
   return checked(most) + workspace_counter_bytes;
+}
+
+/// decode_attention for formats whose plans are run-time data, and for the 16-bit and FP8 formats.
+template <class Format>
+status decode_simply(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
+                     const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
+                     const attention_options& options, const exec& e) {
+  if (const status s = check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
+  if (cache.batch == 0 || queries.extent[0] == 0) return {};
+  kernel::decode_args args{};
+  args.group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
+  const checked rows = checked(args.group) * options.max_query_len;
+  const auto grid =
+      policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
+  if (const status s = check_grid<Format::value_head_dim>(grid, e); !s) return s;
+  args.key_spec = params.format.key();
+  args.value_spec = params.format.value();
+  args.key = params.key;
+  args.value = params.value;
+  args.cache = cache;
+  args.queries = queries;
+  args.query_start_loc = query_start_loc;
+  args.out = out;
+  args.lse = lse;
+  args.options = options;
+  args.storage = split_storage_of(e, grid);
+  args.report = e.report;
+  args.splits = grid.splits;
+  args.chunks = grid.chunks;
+  return launch(kernel::decode_attention<Format::key_head_dim, Format::value_head_dim>,
+                grid_for(grid.units * grid.splits), policy::decode_warps * 32, e.stream, args);
 }
 
 }  // namespace detail
@@ -144,19 +181,20 @@ std::int64_t decode_workspace_bytes(const decode_maxima& m) {
   const checked rows = checked(m.query_heads / m.kv_heads) * m.max_query_len;
   if (!rows.valid()) return -1;
   if constexpr (detail::has_fused_kernel<Format>::value) {
-    const checked fused = detail::fused_workspace_bound<Format>(m.batch, m.kv_heads, rows.value(), m.splits);
-    return fused.valid() ? fused.value() : -1;
+    const checked bytes = detail::fused_workspace_bound<Format>(m.batch, m.kv_heads, rows.value(), m.splits);
+    return bytes.valid() ? bytes.value() : -1;
+  } else {
+    const checked bytes =
+        detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, rows.value(), m.max_seq_len, m.splits);
+    return bytes.valid() ? bytes.value() : -1;
   }
-  const checked bytes =
-      detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, rows.value(), m.max_seq_len, m.splits);
-  return bytes.valid() ? bytes.value() : -1;
 }
 
 /// decode_attention with scores that the caller changes: a bias by position, a mask of one's own.
-/// \param variant trivially copyable; what it must have, block::plain_scores shows. It sees every score that is not masked
-/// out already, once, as softmax_scale * q . k before the soft cap, and may return -inf to leave the token out. Positions
-/// are those of the sequence, which permuting formats would not keep: plan formats do.
-/// The format's plans are known at compile time (cache_format of key_codec and value_codec).
+/// \param variant trivially copyable; what it must have, block::plain_scores shows. It sees every score that is not
+/// masked out already, once, as softmax_scale * q . k before the soft cap, and may return -inf to leave the token out.
+/// Positions are those of the sequence, which permuting formats would not keep: plan formats do. The format's plans are
+/// known at compile time (cache_format of key_codec and value_codec).
 template <class Format, class Variant>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
@@ -167,7 +205,12 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
   if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
   if (cache.batch == 0 || queries.extent[0] == 0) return {};
   kernel::fused_args args{};
-  args.call = {cache, queries, query_start_loc, out, lse, options,
+  args.call = {cache,
+               queries,
+               query_start_loc,
+               out,
+               lse,
+               options,
                static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads)};
   args.key = params.key;
   args.value = params.value;
@@ -184,38 +227,19 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 /// \param e workspace of decode_workspace_bytes(maxima), initialised once.
 /// Grid and workspace depend on maxima only; lengths and page ids are read on the device. Bad page ids leave their
 /// tokens out; bad lengths are clamped, bad query ranges skipped; all three are reported in exec::report. Results
-/// repeat bit for bit for the same number of splits.
-/// \return not ok, with nothing launched, for what the host can see to be wrong.
+/// repeat bit for bit for the same number of splits. \remark A format whose plans are known at compile time takes the
+/// fused kernel: its blocks share all tiles evenly, `splits` times as many as there are sequences x KV heads x row
+/// chunks, and it is built for the 227 KiB of shared memory of sm_90 and sm_100. Where a GPU has less than a block asks
+/// for, the launch is refused.
+/// \return not ok, with nothing launched, for what the host can see to be wrong; cuda_error if the launch is refused.
 template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
                         const attention_options& options, const exec& e) {
   if constexpr (detail::has_fused_kernel<Format>::value)
     return decode_attention(queries, query_start_loc, cache, params, out, lse, options, block::plain_scores{}, e);
-  if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
-  if (cache.batch == 0 || queries.extent[0] == 0) return {};
-  kernel::decode_args args{};
-  args.group = static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads);
-  const checked rows = checked(args.group) * options.max_query_len;
-  const auto grid =
-      policy::make_decode_grid(cache.batch, cache.pages.kv_heads, rows.value(), cache.max_seq_len, options.splits);
-  if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;
-  args.key_spec = params.format.key();
-  args.value_spec = params.format.value();
-  args.key = params.key;
-  args.value = params.value;
-  args.cache = cache;
-  args.queries = queries;
-  args.query_start_loc = query_start_loc;
-  args.out = out;
-  args.lse = lse;
-  args.options = options;
-  args.storage = detail::split_storage_of(e, grid);
-  args.report = e.report;
-  args.splits = grid.splits;
-  args.chunks = grid.chunks;
-  return detail::launch(kernel::decode_attention<Format::key_head_dim, Format::value_head_dim>,
-                        detail::grid_for(grid.units * grid.splits), policy::decode_warps * 32, e.stream, args);
+  else
+    return detail::decode_simply(queries, query_start_loc, cache, params, out, lse, options, e);
 }
 
 }  // namespace packkv

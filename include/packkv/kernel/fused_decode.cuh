@@ -46,9 +46,8 @@ class fused_block {
     int lo, hi;  ///< tiles of the unit that are this block's
     bool tail, last;
   };
-  static constexpr auto shape =
-      policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows, value_dim,
-                               static_cast<int>(sizeof(fixed_storage)) + 1024);
+  static constexpr auto shape = policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows,
+                                                         value_dim, static_cast<int>(sizeof(fixed_storage)) + 1024);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using softmax = warp::lazy_softmax<values, Rows>;
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
@@ -60,6 +59,7 @@ class fused_block {
   static_assert(shared_bytes == shape.shared_bytes, "the policy knows what the kernel needs");
   /// Most blocks of a launch: their factors fit where the tiles were.
   static constexpr int max_blocks = merge::max_parts(warps * warp_bytes / 4);
+  static_assert(max_blocks >= policy::fused_blocks(shape), "all blocks' parts can be joined");
 
   struct temp_storage : fixed_storage {
     typename stream::temp_storage stream_of[warps];
@@ -170,7 +170,8 @@ class fused_block {
       if (first < ranges.all.begin || first + tile_tokens > ranges.all.end)
         for (int k = 0; k < warp::tokens_per_lane; ++k)
           for (int i = 0; i < lane_rows; ++i)
-            if (!unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4)) hidden |= 1u << (lane_rows * k + i);
+            if (!unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4))
+              hidden |= 1u << (lane_rows * k + i);
       weights.weigh(s, rows, hidden, sum, p);
       sum.add(value_data, p);
       stream_.release();

@@ -18,16 +18,16 @@ struct fused_block_shape {
 /// Shared memory of an SM of sm_90, and what the system takes of it for each block.
 inline constexpr int shared_bytes_per_sm = 228 * 1024, shared_bytes_per_block = 1024;
 
-/// Bytes that an SM should have under way or in use. More made decode slower (H100, 2026-11-25, 2.12 bits, batch 8 x 128k
-/// tokens: 136 KiB 0.222 ms, 204 KiB 0.231 ms).
+/// Bytes that an SM should have under way or in use. More made decode slower (H100, 2026-11-25, 2.12 bits, batch 8 x
+/// 128k tokens: 136 KiB 0.222 ms, 204 KiB 0.231 ms).
 inline constexpr int bytes_in_flight = 128 * 1024;
 
-/// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, and a block that needs `fixed_bytes`
-/// of shared memory beside the ring.
+/// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, and a block that needs
+/// `fixed_bytes` of shared memory beside the ring.
 PACKKV_HOST_DEVICE constexpr fused_block_shape make_fused_shape(int stage_bytes, int rows, int value_dim,
                                                                 int fixed_bytes) {
   fused_block_shape s;
-  const int part_bytes = rows * (value_dim + 8) * 4;  // a warp's results take the place of its tiles
+  const int part_bytes = rows * (value_dim + 8) * 4;        // a warp's results take the place of its tiles
   s.blocks_per_sm = rows == 4 && value_dim <= 128 ? 2 : 1;  // 128 registers a thread
   for (;; s.warps = s.blocks_per_sm > 1 ? s.warps : s.warps / 2, s.blocks_per_sm = 1) {
     const int room = shared_bytes_per_sm / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - 2 * part_bytes;

@@ -57,8 +57,7 @@ struct key_plane {
   template <int RowTile, int Reg>
   __device__ static std::uint32_t operand(const std::uint32_t (&w)[words]) {
     constexpr int token = 16 * RowTile + 8 * (Reg % 2), channel = 16 * (Reg / 2);
-    constexpr bit_field f =
-        detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
+    constexpr bit_field f = detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
     return w[f.word] >> f.bit & 0x01010101u * ((1u << Bits) - 1);
   }
 
@@ -70,8 +69,7 @@ struct key_plane {
   template <int RowTile, int Reg>
   __device__ static std::uint32_t in_place(const std::uint32_t (&w)[words]) {
     constexpr int token = 16 * RowTile + 8 * (Reg % 2), channel = 16 * (Reg / 2);
-    constexpr bit_field f =
-        detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
+    constexpr bit_field f = detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
     static_assert(f.bit == place<RowTile, Reg / 2>, "both rows' codes lie at the same bit");
     return w[f.word] & 0x01010101u * ((1u << Bits) - 1) << f.bit;
   }
@@ -100,8 +98,7 @@ struct value_plane {
 
   /// Bit at which `in_place` leaves the codes of tokens 16 * TokenTile + 8 * TokenHalf + 0..7.
   template <int TokenTile, int TokenHalf>
-  static constexpr int place =
-      packkv::detail::value_field(Bits, 0, 16 * TokenTile + 8 * TokenHalf, 0).bit;
+  static constexpr int place = packkv::detail::value_field(Bits, 0, 16 * TokenTile + 8 * TokenHalf, 0).bit;
 
   /// The same register with the codes where they lie: code * 2^(place - 24), for one shift per word instead of one
   /// per register. Bits 0..9 of a half that has no others are a subnormal.

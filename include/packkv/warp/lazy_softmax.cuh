@@ -28,9 +28,9 @@ class lazy_softmax {
     }
   }
 
-  /// Turns the scores of a tile (base 2) and the row scales of its values into weights, and rescales `sum` if need be. Bit
-  /// lane_rows * k + i of `hidden` is set where the lane's row i does not see its token k; what such a token has for a
-  /// score or row scale, NaN included, does not reach the row. All lanes take part.
+  /// Turns the scores of a tile (base 2) and the row scales of its values into weights, and rescales `sum` if need be.
+  /// Bit lane_rows * k + i of `hidden` is set where the lane's row i does not see its token k; what such a token has
+  /// for a score or row scale, NaN included, does not reach the row. All lanes take part.
   __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], const detail::bytes16& rows, std::uint32_t hidden,
                         Sum& sum, value_operand<Rows>& p) {
     using namespace packkv::detail;
@@ -72,8 +72,10 @@ class lazy_softmax {
         p.b[t][0][1] = odd ? x : 0u;
       } else {
         for (int n = 0; n < columns::blocks; ++n) {
-          const std::uint32_t h0 = pack_halves(weight<k0>(s[k0][2 * n], 2 * n), weight<k0>(s[k0][2 * n + 1], 2 * n + 1));
-          const std::uint32_t h1 = pack_halves(weight<k1>(s[k1][2 * n], 2 * n), weight<k1>(s[k1][2 * n + 1], 2 * n + 1));
+          const std::uint32_t h0 =
+              pack_halves(weight<k0>(s[k0][2 * n], 2 * n), weight<k0>(s[k0][2 * n + 1], 2 * n + 1));
+          const std::uint32_t h1 =
+              pack_halves(weight<k1>(s[k1][2 * n], 2 * n), weight<k1>(s[k1][2 * n + 1], 2 * n + 1));
           const two_floats low = unpack_halves(h0), high = unpack_halves(h1);
           count<k0>(low.low, inverse, 2 * n);
           count<k0>(low.high, inverse, 2 * n + 1);

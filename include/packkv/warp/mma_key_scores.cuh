@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of the 64 keys of a coded tile against up to 16 query rows, by integer matrix products on the codes.
-// One idea: a query is a 16-bit fixed-point number per channel, its bytes are two columns of a u8 x s8 product, and so a
-// score is exact in the codes and in the rounded query (docs/numerics.md, rules 1 and 2).
+// One idea: a query is a 16-bit fixed-point number per channel, its bytes are two columns of a u8 x s8 product, and so
+// a score is exact in the codes and in the rounded query (docs/numerics.md, rules 1 and 2).
 //   using scores = mma_key_scores<Codec, Rows>;   scores::prepare(storage, head, source, factor, warp, warps);
 //   __syncthreads();   scores keys(storage);   float s[8][scores::columns::lane_rows];   keys.compute(tile, s);
 #pragma once
@@ -35,8 +35,9 @@ class mma_key_scores {
     float leading[spec.leading > 0 ? spec.leading : 1][Rows];
   };
 
-  /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. Scores are
-  /// multiplied by `factor`. Row r is done by warp r % warps. The caller synchronises the block before the constructor.
+  /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. Scores
+  /// are multiplied by `factor`. Row r is done by warp r % warps. The caller synchronises the block before the
+  /// constructor.
   template <class Source>
   __device__ static void prepare(temp_storage& storage, const head_parameters& head, Source&& source, float factor,
                                  int warp, int warps) {
@@ -116,7 +117,8 @@ class mma_key_scores {
       std::int32_t sum[2][4][columns::products][4] = {};
       detail::for_constants<uniform_strips() / 2>([&](auto index) { add_pair<2 * decltype(index)::value>(tile, sum); });
       store_scores(tile, s, [&](auto tile_of_rows, int product, int reg) {
-        constexpr int t = decltype(tile_of_rows)::value, apart = plane::template place<t, 1> - plane::template place<t, 0>;
+        constexpr int t = decltype(tile_of_rows)::value,
+                      apart = plane::template place<t, 1> - plane::template place<t, 0>;
         return sum[0][t][product][reg] * (1 << apart) + sum[1][t][product][reg];
       });
     } else {
@@ -150,7 +152,8 @@ class mma_key_scores {
   PACKKV_HOST_DEVICE static constexpr int uniform_width() {
     const int width = spec.strips.width[0];
     bool same = (width == 1 || width == 2 || width == 4) && spec.strips.channels == 32 && uniform_strips() % 2 == 0;
-    for (int i = 1; i < spec.strips.count; ++i) same = same && (spec.strips.width[i] == width || spec.strips.width[i] == 0);
+    for (int i = 1; i < spec.strips.count; ++i)
+      same = same && (spec.strips.width[i] == width || spec.strips.width[i] == 0);
     return same ? width : 0;
   }
   template <int Width>

@@ -129,15 +129,15 @@ class mma_value_sum {
       constexpr float unit = passes::power_of_two(24 - power), centre = detail::code_centre(width);
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < lane_rows; ++i) {
-          const float x = columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1]
-                                          : sum_[d][i / 2][2 * half + i % 2];
+          const float x =
+              columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1] : sum_[d][i / 2][2 * half + i % 2];
           sink(columns::row(i), 16 * d + 8 * half + group, width == 0 ? 0.0f : fmaf(x, unit, -centre * zero[i]));
         }
     });
   }
 
-  /// Applies columns, inverse basis and offset to one finished row (lane l: channels l, l + 32, ...) whose weights add up
-  /// to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
+  /// Applies columns, inverse basis and offset to one finished row (lane l: channels l, l + 32, ...) whose weights add
+  /// up to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
   template <class Sink>
   __device__ static void finish(const head_parameters& head, float (&y)[dim / 32], float weight, Sink&& sink) {
     detail::for_constants<dim / 32>([&](auto index) {

@@ -5,9 +5,9 @@
 //   raw_attention<KeyDim, ValueDim> rows(source);   rows.attend(first, count, step, token, score);   rows.row(r)
 #pragma once
 
-#include <packkv/warp/attention_row.cuh>
 #include <packkv/core/views.hpp>
 #include <packkv/detail/approx.cuh>
+#include <packkv/warp/attention_row.cuh>
 
 namespace packkv::warp {
 
@@ -27,7 +27,8 @@ __device__ inline void convert_16bit(const std::uint16_t (&bits)[Count], dtype t
     for (int i = 0; i < Count; ++i) x[i] = bfloat16_to_float(bits[i]);
 }
 
-/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come first.
+/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come
+/// first.
 template <int Count>
 __device__ inline void load_16bit(const char* row, std::int64_t stride, dtype type, const int (&index)[Count],
                                   float (&x)[Count]) {
@@ -49,8 +50,8 @@ class raw_attention {
   static constexpr int rows = 4;
   static constexpr int at_once = KeyDim + ValueDim <= 256 ? 4 : 1;  ///< tokens in flight
 
-  /// source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. All lanes take part, here and
-  /// below.
+  /// source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. All lanes take part, here
+  /// and below.
   template <class Source>
   __device__ explicit raw_attention(Source&& source) {
     int index[KeyDim / 32];

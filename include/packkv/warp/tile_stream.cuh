@@ -77,7 +77,8 @@ class tile_stream {
     const std::int64_t page =
         tile < end_ ? find_page(cache_->table, pages.num_pages, b_, tile / pages.tiles_per_page, flags) : -1;
     const int slot = tile % pages.tiles_per_page;
-    key_at_ = page < 0 ? -1 : page * pages.key_page_stride + head_ * pages.key_head_stride + slot * std::int64_t{key_bytes};
+    key_at_ =
+        page < 0 ? -1 : page * pages.key_page_stride + head_ * pages.key_head_stride + slot * std::int64_t{key_bytes};
     value_at_ = page * pages.value_page_stride + head_ * pages.value_head_stride + slot * std::int64_t{value_bytes};
     detail::add_report(report_, flags, 0);
     known_ = detail::warp_threads;
