@@ -12,8 +12,8 @@ namespace pk = packkv;
 
 namespace {
 
-__global__ void divide(const std::int64_t* a, const std::int64_t* b, int count, std::int64_t* whole,
-                       std::int64_t* rest) {
+__global__ void divide(const std::int32_t* a, const std::int32_t* b, int count, std::int32_t* whole,
+                       std::int32_t* rest) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= count) return;
   const pk::block::quotient q(a[i], b[i]);
@@ -25,27 +25,28 @@ constexpr int threads = 64, samples = 512;
 
 /// What a block of a launch of `blocks` knows of the work.
 struct known_work {
-  std::int64_t shares, aligned;
-  std::int64_t begin[pk::block::max_split_sequences + 1];  ///< of the sequences
-  std::int64_t items[pk::block::max_split_sequences];      ///< of a unit of each
-  std::int64_t share_begin[samples + 1];                   ///< of the first shares
-  std::int64_t item[samples];                              ///< from the first to the last, all if they are few
+  std::int32_t shares, aligned;
+  std::int32_t begin[pk::block::max_split_sequences + 1];  ///< of the sequences
+  std::int32_t items[pk::block::max_split_sequences];      ///< of a unit of each
+  std::int32_t share_begin[samples + 1];                   ///< of the first shares
+  std::int32_t item[samples];                              ///< from the first to the last, all if they are few
   std::int32_t share[samples], sequence[samples];          ///< that have it
 };
 
 template <int Threads>
-__global__ void share_work(const pk::block::sequence_cost* costs, int batch, std::int64_t blocks, known_work* out) {
+__global__ void share_work(const pk::block::sequence_cost* costs, int batch, std::int32_t blocks, known_work* out) {
   __shared__ pk::block::sequence_items items;
   items.build<Threads>(batch, blocks, [&](int b) { return costs[b]; });
-  const pk::block::even_shares shares = items.shares(batch, blocks);
-  const std::int64_t total = items.begin[batch];
+  __syncthreads();
+  const pk::block::even_shares shares = items.shares;
+  const std::int32_t total = items.begin[batch];
   for (int b = static_cast<int>(threadIdx.x); b <= batch; b += Threads) {
     out->begin[b] = items.begin[b];
     if (b < batch) out->items[b] = items.items_of(costs[b]);
   }
   for (int i = static_cast<int>(threadIdx.x); i < samples; i += Threads) {
     if (i <= shares.blocks()) out->share_begin[i] = shares.begin(i);
-    const std::int64_t item = total <= samples   ? (i < total ? i : total - 1)
+    const std::int32_t item = total <= samples   ? (i < total ? i : total - 1)
                               : i == samples - 1 ? total - 1
                                                  : total / samples * i + i % 3;
     if (total == 0) continue;
@@ -65,7 +66,7 @@ std::int64_t expected_begin(std::int64_t total, std::int64_t shares, std::int64_
   return total / shares * i + std::min(i, total % shares);
 }
 
-void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int64_t blocks) {
+void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int32_t blocks) {
   const int batch = static_cast<int>(costs.size());
   const device_array<pk::block::sequence_cost> device_costs(costs);
   device_array<known_work> device_work(1);
@@ -73,19 +74,23 @@ void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int64
   REQUIRE(pk::detail::launch(share_work<threads>, dim3(1), threads, cudaStream_t{}, device_costs.data(), batch, blocks,
                              device_work.data()));
   const known_work w = device_work.host()[0];
-  int wrong_begin = w.begin[0] != 0, short_units = 0, unaligned = 0;
+  std::int64_t largest = 0;
+  for (const auto& c : costs) largest = std::max<std::int64_t>(largest, std::int64_t{c.tiles} + c.raw);
+  int wrong_begin = w.begin[0] != 0, short_units = 0, large_units = 0, unaligned = 0;
   for (std::size_t b = 0; b < costs.size(); ++b) {
     const std::int64_t items = costs[b].units > 0 ? w.items[b] : 0;
     wrong_begin += w.begin[b + 1] - w.begin[b] != costs[b].units * items;
+    large_units += items > 2 * (largest + pk::block::unit_cost);
     if (costs[b].units == 0) continue;
     short_units += w.items[b] < std::max(costs[b].tiles, 1);
     unaligned += w.aligned > 0 && w.items[b] % w.aligned != 0;
   }
   CHECK(wrong_begin == 0);
   CHECK(short_units == 0);
+  CHECK(large_units == 0);
   CHECK(unaligned == 0);
   const std::int64_t total = w.begin[costs.size()];
-  CHECK(w.shares <= std::min(blocks, total));
+  CHECK(w.shares <= std::min<std::int64_t>(blocks, total));
   if (total == 0) return;
   REQUIRE(w.shares > 0);
   CHECK(w.share_begin[samples] == total);
@@ -108,19 +113,18 @@ void check_shares(const std::vector<pk::block::sequence_cost>& costs, std::int64
 
 }  // namespace
 
-TEST_CASE("quotients are exact in 32 and in 64 bits") {
+TEST_CASE("quotients are exact") {
   random_source random(8001);
-  std::vector<std::int64_t> a, b;
-  const std::int64_t edge = std::int64_t{1} << 32;
-  for (const std::int64_t x : {std::int64_t{0}, std::int64_t{1}, edge - 1, edge, edge + 1, edge * (edge / 4)})
-    for (const std::int64_t y : {std::int64_t{1}, std::int64_t{3}, edge - 1, edge, edge + 1})
-      a.push_back(x), b.push_back(y);
+  std::vector<std::int32_t> a, b;
+  const std::int32_t most = 0x7fffffff;
+  for (const std::int32_t x : {0, 1, 2, most - 1, most})
+    for (const std::int32_t y : {1, 2, 3, most - 1, most}) a.push_back(x), b.push_back(y);
   while (a.size() < 128) {
-    a.push_back(static_cast<std::int64_t>(random.bits() >> random.between(1, 60)));
-    b.push_back(1 + static_cast<std::int64_t>(random.bits() >> random.between(2, 62)));
+    a.push_back(static_cast<std::int32_t>(random.bits() >> random.between(33, 60)));
+    b.push_back(1 + static_cast<std::int32_t>(random.bits() >> random.between(34, 62)));
   }
-  const device_array<std::int64_t> device_a(a), device_b(b);
-  device_array<std::int64_t> whole(a.size()), rest(a.size());
+  const device_array<std::int32_t> device_a(a), device_b(b);
+  device_array<std::int32_t> whole(a.size()), rest(a.size());
   REQUIRE(pk::detail::launch(divide, dim3(1), 128, cudaStream_t{}, device_a.data(), device_b.data(), 128, whole.data(),
                              rest.data()));
   const auto w = whole.host(), r = rest.host();
@@ -141,8 +145,7 @@ TEST_CASE("ragged work is shared evenly, every item by one block that all blocks
       c.raw = random.one_in(2) ? 0 : random.between(4, 40);
     }
     INFO("round " << round << ", batch " << batch);
-    for (const std::int64_t blocks : {std::int64_t{1}, std::int64_t{7}, std::int64_t{132}, std::int64_t{3000}})
-      check_shares(costs, blocks);
+    for (const int blocks : {1, 7, 132, 3000}) check_shares(costs, blocks);
   }
 }
 
@@ -159,11 +162,19 @@ TEST_CASE("few units begin with a block of their own, alike or ragged, with 16-b
   }
 }
 
-TEST_CASE("work of more items than 32 bits count is shared as evenly") {
-  const std::int32_t tiles = 1 << 25;
-  for (const std::int64_t blocks : {1, 132, 264, 100000}) {
-    check_shares({{1 << 20, tiles, 0}}, blocks);
-    check_shares({{3, tiles, 0}, {0, 5, 0}, {1 << 18, tiles + 1, 7}, {1, 0, 20}}, blocks);
+TEST_CASE("as much work as a launch may have is shared as evenly, and more is refused") {
+  const std::int32_t tiles = 1 << 25;  // of 2^31 tokens
+  const std::int64_t each = 2 * (std::int64_t{tiles} + 30 + pk::block::unit_cost), most = 0x7fffffff;
+  const auto units = static_cast<std::int32_t>(most / each);
+  REQUIRE(pk::block::max_launch_sequences(units, tiles, 30) == 1);
+  CHECK(pk::block::max_launch_sequences(units + 1, tiles, 30) == 0);
+  CHECK(pk::block::max_launch_sequences(1, tiles, 30) == units);
+  CHECK(pk::block::max_launch_sequences(std::int64_t{1} << 62, tiles, 30) == 0);
+  CHECK(pk::block::max_launch_sequences(0, tiles, 30) == pk::block::max_split_sequences);
+  CHECK(pk::block::max_launch_sequences(8, 1 << 14, 30) == pk::block::max_split_sequences);
+  for (const int blocks : {1, 132, 264, 100000}) {
+    check_shares({{units, tiles, 30}}, blocks);
+    check_shares({{3, tiles, 0}, {0, 5, 0}, {units - 5, tiles - 1, 7}, {1, 0, 20}}, blocks);
     check_shares({{1, tiles, 30}, {2, tiles / 3, 30}}, blocks);
   }
 }

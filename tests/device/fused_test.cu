@@ -244,6 +244,38 @@ TEST_CASE("fused decode: a batch may have more sequences than a launch takes") {
   }
 }
 
+TEST_CASE("fused decode: an upper bound of lengths far above them takes more launches, or is refused") {
+  random_source random(8702);
+  test_cache<dim_64> cache(random, cache_shape{40, 1, 130, 1, pk::dtype::float16}, dim_64{});
+  for (auto& length : cache.lengths) length = random.between(0, 130);
+  cache.device_lengths.assign(cache.lengths);
+  cache.fill();
+  auto problem = plain_problem(random, cache, 2, 1);
+  const auto expected = problem.reference(), near_bound = problem.device();
+  check_rows<dim_64>(near_bound, expected);
+
+  device_array<std::uint8_t> workspace = problem.decode_workspace();
+  workspace.poison(0);
+  device_array<float> out(expected.out.size()), lse(expected.lse.size());
+  const auto call = [&](std::int32_t max_seq_len, std::int32_t max_query_len) {
+    pk::cache_view view = problem.view(true);
+    view.max_seq_len = max_seq_len;
+    pk::attention_options options = problem.with_arrays(true);
+    options.max_query_len = max_query_len;
+    pk::exec e = cache.exec();
+    e.workspace = workspace.data();
+    e.workspace_bytes = workspace.size();
+    return pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), view,
+                                cache.gpu_parameters(), problem.out_view(out.data()), problem.lse_view(lse.data()),
+                                options, e);
+  };
+  const std::int32_t most = 0x7fffffff - 128;
+  REQUIRE(pk::block::max_launch_sequences(1, pk::ceil_div(most, pk::tile_tokens), 0) < 40);
+  REQUIRE(call(most, 1));
+  check_rows<dim_64>({out.host(), lse.host()}, expected);
+  CHECK(call(most, 16 * 32).code == pk::status_code::overflow);
+}
+
 TEST_CASE("fused decode leaves rows that no sequence owns as they are") {
   random_source random(8801);
   test_cache<dim_64> cache(random, cache_shape{3, 1, 90, 1, pk::dtype::float16}, dim_64{});

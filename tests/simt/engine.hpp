@@ -20,6 +20,7 @@
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define PACKKV_SIMT_JOINED(a, b) a##b
 #define PACKKV_SIMT_GUARD(n) PACKKV_SIMT_JOINED(packkv_simt_guard_, n)
 #define __shared__ \

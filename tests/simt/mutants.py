@@ -49,7 +49,8 @@ def remove(source, call):
     """The whole statement, or what `?` chooses."""
     before, after = source.text_of(call.start - 1), source.text_of(call.close + 1)
     if before in (";", "{", "}", ")", "else", ":") and after == ";" or before == "?" and after == ":":
-        yield source.around(call.start, call.close, "(packkv_simt::mutant(%d) ? (void)0 : (void)", ")", "")
+        nothing = f"decltype({source.flat(call.start, call.close)})()"
+        yield source.around(call.start, call.close, f"(packkv_simt::mutant(%d) ? {nothing} : ", ")", "")
 
 
 def argument(n, function, new):

@@ -63,9 +63,14 @@ struct decode_sequence {
     chunks = ceil_div(query_count * call.group, rows);
     view = detail::make_visibility(call.cache, call.options, b, length, flags);
     first_position = (call.options.context_lens != nullptr ? call.options.context_lens[b] : length) - count;
-    const int begin = coded_range(view, first_position).begin, end = coded_range(view, first_position + count - 1).end;
-    first_tile = begin / tile_tokens;
-    tiles = begin < end ? ceil_div(end, tile_tokens) - first_tile : 0;
+    token_range seen = {};
+#pragma unroll 1  // the code is long, and most calls have one query
+    for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
+      const token_range of_query = coded_range(view, first_position + i);
+      seen = {i == 0 ? of_query.begin : seen.begin, of_query.end};
+    }
+    first_tile = seen.begin / tile_tokens;
+    tiles = seen.begin < seen.end ? ceil_div(seen.end, tile_tokens) - first_tile : 0;
   }
 };
 
@@ -187,13 +192,26 @@ struct decode_unit {
   }
   __device__ bool sees(int row, int token) const { return token >= range[row].begin && token < range[row].end; }
 
-  /// x[i] = channel index[i] of a query; 0 in rows that do not exist.
+  /// The bits of the channels index[i] of a query.
   template <int Count>
-  __device__ void load_query(const decode_call& call, int row, const int (&index)[Count], float (&x)[Count]) const {
+  __device__ void load_query(const decode_call& call, int row, const int (&index)[Count],
+                             std::uint16_t (&bits)[Count]) const {
     const input_view<3>& q = call.queries;
     warp::load_16bit(static_cast<const char*>(detail::address(q, query_token[row], query_head[row], 0)), q.stride[2],
-                     q.type, index, x);
+                     index, bits);
+  }
+  /// Their values; 0 in rows that do not exist.
+  template <int Count>
+  __device__ void convert_query(const decode_call& call, int row, const std::uint16_t (&bits)[Count],
+                                float (&x)[Count]) const {
+    warp::convert_16bit(bits, call.queries.type, x);
     for (int i = 0; i < Count; ++i) x[i] = row < rows ? x[i] : 0.0f;
+  }
+  template <int Count>
+  __device__ void load_query(const decode_call& call, int row, const int (&index)[Count], float (&x)[Count]) const {
+    std::uint16_t bits[Count];
+    load_query(call, row, index, bits);
+    convert_query(call, row, bits, x);
   }
 
   /// From a scaled score to base 2, through the variant and the soft cap.

@@ -38,8 +38,7 @@ class gemv_units {
   struct temp_storage {
     sequence_items items;
     std::int32_t length[max_split_sequences];
-    even_shares shares;
-    std::int64_t next;  ///< item
+    std::int32_t next;  ///< item
     gemv_piece piece;
     bool found;
   };
@@ -53,12 +52,12 @@ class gemv_units {
       detail::add_report(call.report, flags, 0);
       storage_.length[index] = length;
       const int tiles = ceil_div(length, tile_tokens);
-      return sequence_cost{tiles > 0 || empty ? static_cast<std::int64_t>(chunks()) * call.cache.pages.kv_heads : 0,
-                           tiles, 0};
+      return sequence_cost{tiles > 0 || empty ? chunks() * call.cache.pages.kv_heads : 0, tiles, 0};
     });
     if (threadIdx.x == 0) {
-      storage_.shares = storage_.items.shares(call.sequences, gridDim.x);
-      storage_.next = blockIdx.x < storage_.shares.blocks() ? storage_.shares.begin(blockIdx.x) : -1;
+      const even_shares shares = storage_.items.shares;
+      const auto here = static_cast<int>(blockIdx.x);
+      storage_.next = here < shares.blocks() ? shares.begin(here) : -1;
     }
   }
 
@@ -76,30 +75,30 @@ class gemv_units {
 
   /// By one thread.
   __device__ bool find() {
-    const even_shares shares = storage_.shares;
+    const even_shares shares = storage_.items.shares;
     if (storage_.next < 0) return false;
     const auto here = static_cast<int>(blockIdx.x);
-    const std::int64_t end = shares.begin(here + 1);
+    const std::int32_t end = shares.begin(here + 1);
     while (storage_.next < end) {
-      const std::int64_t item = storage_.next;
+      const std::int32_t item = storage_.next;
       const int index = storage_.items.owner(call_.sequences, item);
       const sequence_cost cost = storage_.items.cost[index];
-      const std::int64_t items = storage_.items.items_of(cost), begin = storage_.items.begin[index];
-      const std::int64_t number = quotient(item - begin, items).whole;
-      const std::int64_t unit_begin = begin + number * items;
+      const std::int32_t items = storage_.items.items_of(cost), begin = storage_.items.begin[index];
+      const std::int32_t number = quotient(item - begin, items).whole;
+      const std::int32_t unit_begin = begin + number * items;
       storage_.next = unit_begin + items;
-      const std::int64_t offset = item - unit_begin;     // of the piece, in the unit
+      const std::int32_t offset = item - unit_begin;     // of the piece, in the unit
       if (offset > 0 && offset >= cost.tiles) continue;  // the rest of a unit is nobody's work
       const quotient head(number, chunks());
-      const int first_row = static_cast<int>(head.rest) * Rows;
+      const int first_row = head.rest * Rows;
       gemv_piece& p = storage_.piece;
       p.b = call_.first_sequence + index;
-      p.head = static_cast<int>(head.whole);
+      p.head = head.whole;
       p.first_head = p.head * call_.group + first_row;
       p.rows = min_of(Rows, call_.group - first_row);
       p.length = storage_.length[index];
-      p.lo = static_cast<int>(offset);
-      p.hi = static_cast<int>(min_of<std::int64_t>(end - unit_begin, cost.tiles));
+      p.lo = offset;
+      p.hi = min_of(end - unit_begin, cost.tiles);
       p.first_block = offset == 0 ? here : shares.owner(unit_begin);
       p.last_block = cost.tiles == 0 ? here : shares.owner(unit_begin + cost.tiles - 1);
       return true;

@@ -9,6 +9,15 @@
 
 namespace packkv::block {
 
+/// True in the last of others + 1 blocks that come here for the same counter (0 before and after), which then sees what
+/// the others have written. All threads take part; `last` lies in shared memory.
+__device__ inline bool last_to_arrive(std::uint32_t* counter, unsigned others, bool& last) {
+  __syncthreads();
+  if (threadIdx.x == 0) last = detail::arrive(counter, others) == others;
+  __syncthreads();
+  return last;
+}
+
 template <int HeadDim, int Rows, int Warps>
 struct part_merge {
   static constexpr int threads = Warps * detail::warp_threads;

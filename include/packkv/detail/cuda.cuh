@@ -112,6 +112,24 @@ __device__ inline void store16(void* p, const bytes16& x, [[maybe_unused]] call_
   *static_cast<bytes16*>(p) = x;
 }
 
+/// Adds 1 to a counter, or sets it back to 0 if it is `last`; what it was before. Releases what the threads of this
+/// block wrote before a barrier, and acquires, for a barrier behind it, what blocks released that came before.
+__device__ inline std::uint32_t arrive(std::uint32_t* counter, std::uint32_t last) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  __threadfence();
+  const std::uint32_t before = atomicInc(counter, last);
+  __threadfence();
+  return before;
+#else
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+  return before;
+#endif
+}
+
 /// A load that sees what other blocks wrote in this launch.
 __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 

@@ -90,20 +90,26 @@ template <class Format, int Rows, class Variant>
 status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, const Variant& variant) {
   const cache_view& cache = args.call.cache;
   const attention_options& options = args.call.options;
+  const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
+  args.raw_items = policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
+                                    (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
+  const std::int32_t most =
+      block::max_launch_sequences(ceil_div<std::int64_t>(rows, Rows) * cache.pages.kv_heads,
+                                  ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), args.raw_items);
+  if (most == 0)
+    return refuse(status_code::overflow,
+                  "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows");
   const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
   const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits);
   if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
       !s)
     return s;
-  const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
-  args.raw_items = policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
-                                    (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
   args.counters = static_cast<std::uint32_t*>(e.workspace);
   args.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
   constexpr auto shape = fused_shape<Format, Rows>();
-  for (std::int32_t first = 0; first < cache.batch; first += block::max_split_sequences) {
+  for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.first_sequence = first;
-    args.sequences = min_of<std::int32_t>(block::max_split_sequences, cache.batch - first);
+    args.sequences = min_of(most, cache.batch - first);
     const status s = launch(kernel::fused_decode<Format, Rows, warp::copy_engine::best, Variant>, grid_for(blocks),
                             block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args, variant);
     if (!s) return s;
@@ -114,8 +120,7 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, c
 template <class Format, class Variant>
 status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
   const std::int64_t rows = std::int64_t{args.call.group} * args.call.options.max_query_len;
-  const checked units = checked(ceil_div<std::int64_t>(rows, 4)) * args.call.cache.pages.kv_heads;  // of a sequence
-  if (rows > max_count || !units.valid() || units.value() > max_count)
+  if (rows > max_count)
     return refuse(status_code::overflow, "more than 2^31 - 1 query rows of a sequence: cut the call into smaller ones");
   switch (policy::fused_rows(rows)) {
     case 4:

@@ -60,11 +60,18 @@ checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t
 }
 
 /// Calls launch(args) for each part of the batch that one launch takes.
-template <class Launch>
+template <int Rows, class Launch>
 status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
-  for (std::int32_t first = 0; first < args.call.cache.batch; first += block::max_split_sequences) {
+  const cache_view& cache = args.call.cache;
+  const std::int32_t most =
+      block::max_launch_sequences(ceil_div<std::int64_t>(args.call.group, Rows) * cache.pages.kv_heads,
+                                  ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), 0);
+  if (most == 0)
+    return refuse(status_code::overflow,
+                  "2^31 or more units of work of a sequence: max_seq_len x KV heads x query heads");
+  for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.call.first_sequence = first;
-    args.call.sequences = min_of<std::int32_t>(block::max_split_sequences, args.call.cache.batch - first);
+    args.call.sequences = min_of(most, cache.batch - first);
     if (const status s = launch_part(args); !s) return s;
   }
   return {};
@@ -73,7 +80,7 @@ status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
 template <class Format, int Rows>
 status launch_key_gemv(const kernel::fused_gemv_args& all, const exec& e) {
   using block_type = static_key_gemv<Format, Rows>;
-  return for_each_launch(all, [&](const kernel::fused_gemv_args& args) {
+  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
     return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, warp::copy_engine::best>,
                   grid_for(policy::gemv_blocks(block_type::shape)),
                   block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
@@ -88,7 +95,7 @@ status launch_value_gemv(kernel::fused_gemv_args all, const exec& e, std::int32_
   all.counters = static_cast<std::uint32_t*>(e.workspace);
   all.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
   const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits);
-  return for_each_launch(all, [&](const kernel::fused_gemv_args& args) {
+  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
     return launch(kernel::fused_value_gemv<typename Format::value_codec_type, Rows, warp::copy_engine::best>,
                   grid_for(blocks), block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
   });

@@ -40,11 +40,10 @@ class fused_block {
     typename scores::temp_storage queries;
     block::sequence_items items;
     block::decode_unit<Rows> unit;
-    block::even_shares shares;
-    std::int64_t next;  ///< item
+    std::int32_t next, unit_end;  ///< items: the block's next, and the end of its unit
     owners owner;
-    int lo, hi;  ///< tiles of the unit that are this block's
-    bool tail, last;
+    int lo, hi;              ///< tiles of the unit that are this block's
+    bool coded, tail, last;  ///< the block has a part of the coded tokens; has the 16-bit tokens
   };
   static constexpr auto shape = policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows,
                                                          value_dim, static_cast<int>(sizeof(fixed_storage)) + 1024);
@@ -80,50 +79,52 @@ class fused_block {
     storage_.items.template build<threads>(a_.sequences, gridDim.x, [&](int index) {
       return cost_of(block::decode_sequence(a_.call, a_.first_sequence + index, Rows, a_.report));
     });
-    const block::even_shares shares = storage_.items.shares(a_.sequences, gridDim.x);
-    if (blockIdx.x >= shares.blocks()) return;
-    if (threadIdx.x == 0) {
-      storage_.shares = shares;
-      storage_.next = shares.begin(blockIdx.x);
-    }
+    const auto here = static_cast<int>(blockIdx.x);
+    if (threadIdx.x == 0 && here < storage_.items.shares.blocks()) storage_.next = storage_.items.shares.begin(here);
     __syncthreads();
+    if (here >= storage_.items.shares.blocks()) return;
     while (take()) {
-      if (storage_.lo < storage_.hi || storage_.tail) {
+      if (storage_.coded)
         attend();
+      else
+        __syncthreads();
+      if (storage_.coded || storage_.tail) {
         finish();
         detail::fence_async_copies();  // the ring takes tiles again
       }
+      if (threadIdx.x == 0) storage_.next = storage_.unit_end;
       __syncthreads();
     }
   }
 
  private:
   __device__ block::sequence_cost cost_of(const block::decode_sequence& s) const {
-    return {s.units(a_.call), s.tiles, a_.raw_items};
+    return {static_cast<std::int32_t>(s.units(a_.call)), s.tiles, a_.raw_items};
   }
 
   /// Finds the block's next unit and its part of it; false if there is none. A barrier follows before `owner` is read.
   __device__ bool take() {
-    const block::even_shares shares = storage_.shares;
-    const std::int64_t item = storage_.next, end = shares.begin(blockIdx.x + 1);
+    const block::even_shares shares = storage_.items.shares;
+    const auto here = static_cast<int>(blockIdx.x);
+    const std::int32_t item = storage_.next, end = shares.begin(here + 1);
     if (item >= end) return false;
     const int index = storage_.items.owner(a_.sequences, item);
     const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, nullptr);
-    const std::int64_t items = storage_.items.items_of(storage_.items.cost[index]), begin = storage_.items.begin[index];
-    const auto number = static_cast<int>(block::quotient(item - begin, items).whole);
-    const std::int64_t unit_begin = begin + number * items, unit_end = unit_begin + items;
-    __syncthreads();
+    const std::int32_t items = storage_.items.items_of(storage_.items.cost[index]), begin = storage_.items.begin[index];
+    const std::int32_t number = block::quotient(item - begin, items).whole;
+    const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
     unit_.set(a_.call, s, number);
     const bool tail = unit_end <= end;
     if (threadIdx.x == 0) {
-      storage_.next = unit_end;
+      const int lo = min_of(item - unit_begin, s.tiles), hi = min_of(min_of(end, unit_end) - unit_begin, s.tiles);
+      storage_.unit_end = unit_end;
+      storage_.lo = s.first_tile + lo;
+      storage_.hi = s.first_tile + hi;
+      storage_.coded = lo < hi || (tail && s.tiles == 0);  // somebody stores what is empty
       storage_.tail = tail;
-      storage_.lo = s.first_tile + static_cast<int>(min_of<std::int64_t>(item - unit_begin, s.tiles));
-      storage_.hi = s.first_tile + static_cast<int>(min_of<std::int64_t>(min_of(end, unit_end) - unit_begin, s.tiles));
     }
     __syncthreads();
     if (threadIdx.x == threads - 1) {  // needed at the end only, and divisions are slow
-      const int here = static_cast<int>(blockIdx.x);
       owners& o = storage_.owner;
       o.tail = tail ? here : shares.owner(unit_end - 1);
       o.first = s.tiles == 0 ? o.tail : item == unit_begin ? here : shares.owner(unit_begin);
@@ -137,16 +138,28 @@ class fused_block {
     using namespace packkv::detail;
     const bool shaped = a_.call.options.soft_cap > 0.0f || Variant::active;
     // The queries first: behind all blocks' first tiles they would wait for microseconds.
-    scores::prepare(
-        storage_.queries, of_head(Format::key(), a_.key, unit_.head),
-        [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, r, index, x); },
-        a_.call.options.softmax_scale * (shaped ? 1.0f : log2e), warp_id(), warps);
+    const head_parameters key_head = of_head(Format::key(), a_.key, unit_.head);
+    std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
+    if (warp_id() < Rows) {
+      int channel[key_dim / 32];
+      scores::channels_of_lane(key_head, channel);
+      unit_.load_query(a_.call, warp_id(), channel, query);
+    }
     const block::row_ranges ranges = unit_.ranges();
     const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
     const int end_tile = min_of(storage_.hi, ceil_div(ranges.any.end, tile_tokens));
     if (storage_.tail && unit_.has_raw())
       unit_.raw.template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
     stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
+    scores::prepare(
+        storage_.queries, key_head,
+        [&](int r, const auto& index, auto& x) {
+          if (r == warp_id())
+            unit_.convert_query(a_.call, r, query, x);
+          else
+            unit_.load_query(a_.call, r, index, x);
+        },
+        a_.call.options.softmax_scale * (shaped ? 1.0f : log2e), warp_id(), warps);
     __syncthreads();
 
     const scores keys(storage_.queries);
@@ -199,6 +212,11 @@ class fused_block {
           });
       for (int r = 0; r < 4; ++r) merge::store_row(my_part(), first + r, part.row(r));
     }
+    if constexpr (Rows > 4) {
+      warp::attention_row<value_dim> none;  // rows that do not exist
+      none.clear();
+      for (int r = 4 * ceil_div(unit_.rows, 4); r < Rows; ++r) merge::store_row(my_part(), r, none);
+    }
     __syncthreads();
     merge::join_warps(parts_, part_stride, raw_);
   }
@@ -235,7 +253,7 @@ class fused_block {
     if (!alone) {
       if (raw) merge::copy(raw_, part_of(here, raw_part));
       const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
-      if (!last_to_arrive(a_.counters + o.first, others)) return;
+      if (!block::last_to_arrive(a_.counters + o.first, others, storage_.last)) return;
       raw = unit_.has_raw();
       merge::join_blocks(
           o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); }, parts_,
@@ -245,18 +263,6 @@ class fused_block {
     }
     write(raw);
   }
-  /// True in the last of others + 1 blocks, which then sees what the others have written.
-  __device__ bool last_to_arrive(std::uint32_t* counter, unsigned others) {
-    __syncthreads();
-    if (threadIdx.x == 0) {  // the barriers and its fences order what all threads wrote and read
-      __threadfence();
-      storage_.last = atomicInc(counter, others) == others;
-      __threadfence();
-    }
-    __syncthreads();
-    return storage_.last;
-  }
-
   /// Moves coded rows into the original basis, adds the 16-bit tokens, and stores output and log-sum-exp.
   __device__ void write(bool raw) {
     using namespace packkv::detail;

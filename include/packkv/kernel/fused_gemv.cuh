@@ -191,23 +191,13 @@ class value_gemv_block {
     const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
     merge::join_warps(parts_, part_stride, others == 0 ? joined_ : part_of(piece, here));
     if (others > 0) {
-      if (!last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others))) return;
+      if (!block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last)) return;
       merge::join_blocks(
           others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, parts_, joined_);
     }
     __syncthreads();
     write(piece);
   }
-  /// True in the last of others + 1 blocks, which then sees what the others have written.
-  __device__ bool last_to_arrive(std::uint32_t* counter, unsigned others) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) storage_.last = atomicInc(counter, others) == others;
-    __syncthreads();
-    if (storage_.last) __threadfence();
-    return storage_.last;
-  }
-
   /// Moves the rows into the original basis and stores them.
   __device__ void write(const block::gemv_piece& piece) {
     using namespace packkv::detail;

@@ -35,6 +35,13 @@ class mma_key_scores {
     float leading[spec.leading > 0 ? spec.leading : 1][Rows];
   };
 
+  /// The channels of a query that a lane handles, of the original basis.
+  __device__ static void channels_of_lane(const head_parameters& head, int (&channel)[dim / 32]) {
+    for (int i = 0; i < dim / 32; ++i) channel[i] = detail::lane_id() + 32 * i;
+    if (spec.transform == transform_kind::permutation)
+      for (int i = 0; i < dim / 32; ++i) channel[i] = head.permutation[channel[i]];
+  }
+
   /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. Scores
   /// are multiplied by `factor`. Row r is done by warp r % warps. The caller synchronises the block before the
   /// constructor.
@@ -45,9 +52,7 @@ class mma_key_scores {
     for (int row = warp; row < Rows; row += warps) {
       constexpr int registers = dim / 32;
       int channel[registers];
-      for (int i = 0; i < registers; ++i) channel[i] = lane_id() + 32 * i;
-      if (spec.transform == transform_kind::permutation)
-        for (int i = 0; i < registers; ++i) channel[i] = head.permutation[channel[i]];
+      channels_of_lane(head, channel);
       float q[registers], offset = 0.0f;
       source(row, channel, q);
       bool finite = true;
@@ -69,7 +74,7 @@ class mma_key_scores {
       });
       offset = warp_sum(offset);
       largest = warp_max(largest);
-      const float scale = largest > 0x1p-100f ? query_max / largest : 0.0f;
+      const float scale = largest > 0x1p-100f ? query_max * reciprocal_fast(largest) : 0.0f;
       std::int32_t middle = 0;  // twice the sum
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
@@ -80,7 +85,7 @@ class mma_key_scores {
       });
       const float twice_middle = warp_sum(static_cast<float>(middle));
       if (lane_id() == 0) {
-        const float unit = scale > 0.0f ? factor / scale : 0.0f;
+        const float unit = scale > 0.0f ? factor * (largest * (1.0f / query_max)) : 0.0f;
         storage.factor[row] = finite ? unit : nan_float();
         storage.middle[row] = unit * 0.5f * twice_middle;
         storage.offset[row] = factor * offset;

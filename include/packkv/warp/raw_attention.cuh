@@ -27,13 +27,18 @@ __device__ inline void convert_16bit(const std::uint16_t (&bits)[Count], dtype t
     for (int i = 0; i < Count; ++i) x[i] = bfloat16_to_float(bits[i]);
 }
 
-/// x[i] = the float16 or bfloat16 element `index[i]` of a row with `stride` bytes between elements; all loads come
-/// first.
+/// bits[i] = the 16-bit element `index[i]` of a row with `stride` bytes between elements.
+template <int Count>
+__device__ inline void load_16bit(const char* row, std::int64_t stride, const int (&index)[Count],
+                                  std::uint16_t (&bits)[Count]) {
+  for (int i = 0; i < Count; ++i) bits[i] = *reinterpret_cast<const std::uint16_t*>(row + index[i] * stride);
+}
+/// The values of float16 or bfloat16 elements; all loads come first.
 template <int Count>
 __device__ inline void load_16bit(const char* row, std::int64_t stride, dtype type, const int (&index)[Count],
                                   float (&x)[Count]) {
   std::uint16_t bits[Count];
-  for (int i = 0; i < Count; ++i) bits[i] = *reinterpret_cast<const std::uint16_t*>(row + index[i] * stride);
+  load_16bit(row, stride, index, bits);
   convert_16bit(bits, type, x);
 }
 
