@@ -136,6 +136,11 @@ struct decode_problem {
     return r;
   }
   result device() {
+    return device([&](auto&&... arguments) { return pk::decode_attention(arguments...); });
+  }
+  /// By a function that takes what decode_attention takes.
+  template <class Call>
+  result device(Call&& call) {
     device_array<float> out(
         std::vector<float>(static_cast<std::size_t>(tokens * heads() * Format::value_head_dim), 7.0f));
     device_array<float> lse(std::vector<float>(static_cast<std::size_t>(tokens * heads()), 7.0f));
@@ -145,8 +150,8 @@ struct decode_problem {
     e.workspace_bytes = workspace.size();
     pk::status s = pk::initialize_workspace(e);
     if (s)
-      s = pk::decode_attention(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(),
-                               out_view(out.data()), lse_view(lse.data()), with_arrays(true), e);
+      s = call(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(), out_view(out.data()),
+               lse_view(lse.data()), with_arrays(true), e);
     if (!s) throw std::runtime_error(s.message);
     const auto bytes = workspace.host();
     for (std::int64_t i = 0; i < pk::detail::workspace_counter_bytes; ++i)

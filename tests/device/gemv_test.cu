@@ -114,7 +114,8 @@ double worst_relative(const std::vector<float>& a, const std::vector<float>& b, 
   return worst;
 }
 
-template <class Format>
+/// SharedKib 0: the library's own calls. Else its kernels as they are compiled for SMs with so much shared memory.
+template <class Format, pk::warp::copy_engine Engine = pk::warp::copy_engine::best, int SharedKib = 0>
 struct gemvs {
   test_cache<Format>& cache;
   std::int64_t batch, heads;
@@ -146,7 +147,15 @@ struct gemvs {
   void keys(operand& queries, operand& scores, float scale) {
     scores.fill([](auto...) { return 7.0f; });
     const pk::output_view<3> to = scores.device_out();
-    REQUIRE(pk::key_gemv(queries.device_in(), cache.gpu_cache(), cache.gpu_parameters(), scale, to, cache.exec()));
+    const pk::input_view<3> in = queries.device_in();
+    if constexpr (SharedKib == 0) {
+      REQUIRE(pk::key_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), scale, to, cache.exec()));
+    } else {
+      pk::kernel::fused_gemv_args args{};
+      REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().key, scale,
+                                               cache.exec(), args));
+      REQUIRE(pk::detail::launch_key_gemv<Format, Engine, SharedKib>(args, cache.exec()));
+    }
     REQUIRE(pk::reference::key_gemv(queries.in(), cache.host_cache(), cache.host_parameters(), scale, scores.out(),
                                     cache.report));
     // Scores of one query and few keys may be next to nothing.
@@ -154,21 +163,29 @@ struct gemvs {
   }
   void values(operand& weights, operand& out, int splits) {
     const pk::output_view<3> to = out.device_out();
-    REQUIRE(pk::value_gemv(weights.device_in(), cache.gpu_cache(), cache.gpu_parameters(), to, exec(splits), splits));
+    const pk::input_view<3> in = weights.device_in();
+    const pk::exec e = exec(splits);
+    if constexpr (SharedKib == 0) {
+      REQUIRE(pk::value_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), to, e, splits));
+    } else {
+      pk::kernel::fused_gemv_args args{};
+      REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().value, 1.0f, e, args));
+      REQUIRE(pk::detail::launch_value_gemv<Format, Engine, SharedKib>(args, e, splits));
+    }
     REQUIRE(
         pk::reference::value_gemv(weights.in(), cache.host_cache(), cache.host_parameters(), out.out(), cache.report));
     CHECK(compare(out, out, 0.0) < tolerance + unit_of(out.type));
   }
 };
 
-template <class Format>
+template <class Format, pk::warp::copy_engine Engine = pk::warp::copy_engine::best, int SharedKib = 0>
 void agrees(random_source& random, int group, int max_tokens = most_tokens) {
   test_cache<Format> cache(random, random_shape(random, max_tokens), Format{});
   cache.fill();
   if (random.one_in(3)) cache.table[0] = random.one_in(2) ? -1 : 1 << 20;
   cache.device_table.assign(cache.table);
   INFO("head dims " << Format::key_head_dim << " " << Format::value_head_dim << ", group " << group);
-  gemvs<Format> g(cache, group);
+  gemvs<Format, Engine, SharedKib> g(cache, group);
   const std::int64_t tokens = cache.shape.max_tokens;
   operand q(random, random_type(random), g.batch, g.heads, Format::key_head_dim);
   q.fill([&](auto...) { return random.normal(); });
@@ -198,6 +215,14 @@ TEST_CASE("static key_gemv and value_gemv agree with the reference for random sh
     agrees<dim_256>(random, group());
     agrees<no_bits>(random, group());
     agrees<dim_64>(random, random.between(17, 40));
+  }
+}
+
+TEST_CASE("static GEMVs with cp.async and the shared memory of other architectures agree with the reference") {
+  random_source random(8290);
+  for (int round = 0; round < repeats; ++round) {
+    agrees<dim_64, pk::warp::copy_engine::per_thread, 164>(random, random.between(1, 16));
+    agrees<dim_256, pk::warp::copy_engine::per_thread, 100>(random, random.between(1, 16));
   }
 }
 

@@ -172,7 +172,7 @@ struct decode_unit {
       head = kv_head;
       rows = min_of(Rows, all - first_row);
     }
-    if (threadIdx.x == detail::warp_threads && s.has_raw())
+    if (threadIdx.x == blockDim.x - 1 && s.has_raw())  // where there are several warps, not the first
       raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
     if (threadIdx.x < Rows) {
       const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1), token = row / call.group;

@@ -18,6 +18,9 @@ __device__ inline bool last_to_arrive(std::uint32_t* counter, unsigned others, b
   return last;
 }
 
+/// Parts that join_blocks can take with this scratch.
+constexpr int max_parts(int scratch_floats, int threads, int rows) { return (scratch_floats - threads * 4) / rows; }
+
 template <int HeadDim, int Rows, int Warps>
 struct part_merge {
   static constexpr int threads = Warps * detail::warp_threads;
@@ -48,9 +51,6 @@ struct part_merge {
       }
     }
   }
-
-  /// Parts that join_blocks can take with this scratch.
-  static constexpr int max_parts(int scratch_floats) { return (scratch_floats - threads * 4) / Rows; }
 
   /// Joins `count` parts that other blocks have written, part(i) in global memory, into `to` in shared memory, with
   /// scratch memory beside it: at most max_parts. The caller synchronises the block before and after.

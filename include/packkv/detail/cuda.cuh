@@ -186,6 +186,24 @@ inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, 
   return refuse(status_code::cuda_error, cudaGetErrorString(error), error);
 }
 
+/// The value of __CUDA_ARCH__ for which the code of a kernel was compiled that runs on the current device.
+template <class... Parameter>
+status compiled_architecture([[maybe_unused]] void (*kernel)(Parameter...), int& architecture) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  architecture = 900;
+  return {};
+#else
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess) {
+    architecture = attributes.ptxVersion * 10;
+    return {};
+  }
+  (void)cudaGetLastError();
+  return refuse(status_code::cuda_error, cudaGetErrorString(error), error);
+#endif
+}
+
 /// Brings the 128 bytes around an address of global memory nearer, without waiting.
 __device__ inline void prefetch([[maybe_unused]] const void* p) {
 #if !defined(PACKKV_SIMT_EXECUTOR)

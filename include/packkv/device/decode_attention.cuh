@@ -66,28 +66,33 @@ template <class Format>
 struct has_fused_kernel<Format, std::void_t<typename Format::key_codec_type>>
     : std::bool_constant<Format::key().kind == codec_kind::plan && Format::value().kind == codec_kind::plan> {};
 
-/// Shape of a block of the fused kernel.
-template <class Format, int Rows>
-constexpr policy::fused_block_shape fused_shape() {
-  return kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::shape;
-}
 template <class Format, int Rows>
 inline constexpr std::int64_t fused_part_bytes =
-    std::int64_t{3} * block::part_merge<Format::value_head_dim, Rows, fused_shape<Format, Rows>().warps>::part_floats *
-    4;
+    std::int64_t{3} * block::part_merge<Format::value_head_dim, Rows, 1>::part_floats * 4;
+
+/// Most query rows of a pass, from `rows` (16, 8 or 4) down, for which a block fits into the shared memory; 0: for
+/// none. Shapes are functions of the KiB of an SM.
+template <class Shape4, class Shape8, class Shape16>
+constexpr int fitting_rows(int rows, int shared_kib, Shape4 four, Shape8 eight, Shape16 sixteen) {
+  if (rows == 16 && sixteen(shared_kib).fits()) return 16;
+  if (rows >= 8 && eight(shared_kib).fits()) return 8;
+  return four(shared_kib).fits() ? 4 : 0;
+}
 
 /// Blocks of a launch over `batch` sequences.
 template <class Format, int Rows>
-std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
-  if (splits == 0) return policy::fused_blocks(fused_shape<Format, Rows>());
-  constexpr std::int64_t most =
-      kernel::fused_block<Format, Rows, warp::copy_engine::best, block::plain_scores>::max_blocks;
+std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits,
+                          int shared_kib) {
+  const auto shape = kernel::fused_shape<Format, Rows>(shared_kib);
+  if (!shape.fits()) return 0;
+  if (splits == 0) return policy::fused_blocks(shape);
+  const std::int64_t most = kernel::max_fused_blocks<Rows>(shape);
   const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(rows, Rows) * splits;
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
 
-template <class Format, int Rows, class Variant>
-status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, const Variant& variant) {
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, class Variant>
+status launch_fused(kernel::fused_args args, std::int64_t rows, int shared_kib, const exec& e, const Variant& variant) {
   const cache_view& cache = args.call.cache;
   const attention_options& options = args.call.options;
   const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
@@ -100,47 +105,88 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, const exec& e, c
     return refuse(status_code::overflow,
                   "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows");
   const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
-  const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits);
+  const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits, shared_kib);
   if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
       !s)
     return s;
   args.counters = static_cast<std::uint32_t*>(e.workspace);
   args.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
-  constexpr auto shape = fused_shape<Format, Rows>();
+  const auto shape = kernel::fused_shape<Format, Rows>(shared_kib);
   for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.first_sequence = first;
     args.sequences = min_of(most, cache.batch - first);
-    const status s = launch(kernel::fused_decode<Format, Rows, warp::copy_engine::best, Variant>, grid_for(blocks),
+    const status s = launch(kernel::fused_decode<Format, Rows, Engine, Variant, SharedKib>, grid_for(blocks),
                             block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args, variant);
     if (!s) return s;
   }
   return {};
 }
 
-template <class Format, class Variant>
+/// KiB of shared memory of an SM of the architecture for which the code of a kernel was compiled that runs here.
+template <class... Parameter>
+status compiled_shared_kib(void (*kernel)(Parameter...), int& shared_kib) {
+  int architecture = 0;
+  const status s = compiled_architecture(kernel, architecture);
+  if (s) shared_kib = policy::shared_kib_of(architecture);
+  return s;
+}
+
+/// SharedKib: of an SM, 0: what the code that runs was compiled for.
+template <class Format, warp::copy_engine Engine, int SharedKib, class Variant>
 status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
   const std::int64_t rows = std::int64_t{args.call.group} * args.call.options.max_query_len;
   if (rows > max_count)
     return refuse(status_code::overflow, "more than 2^31 - 1 query rows of a sequence: cut the call into smaller ones");
-  switch (policy::fused_rows(rows)) {
+  int kib = SharedKib;
+  if constexpr (SharedKib == 0)
+    if (const status s = compiled_shared_kib(kernel::fused_decode<Format, 4, Engine, Variant, 0>, kib); !s) return s;
+  switch (fitting_rows(policy::fused_rows(rows), kib, kernel::fused_shape<Format, 4>, kernel::fused_shape<Format, 8>,
+                       kernel::fused_shape<Format, 16>)) {
     case 4:
-      return launch_fused<Format, 4>(args, rows, e, variant);
+      return launch_fused<Format, 4, Engine, SharedKib>(args, rows, kib, e, variant);
     case 8:
-      return launch_fused<Format, 8>(args, rows, e, variant);
+      return launch_fused<Format, 8, Engine, SharedKib>(args, rows, kib, e, variant);
+    case 16:
+      return launch_fused<Format, 16, Engine, SharedKib>(args, rows, kib, e, variant);
     default:
-      return launch_fused<Format, 16>(args, rows, e, variant);
+      return refuse(status_code::unsupported, "no block of the decode kernel fits into the shared memory of this GPU");
   }
 }
 
+/// Whatever GPU it is.
 template <class Format>
 checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
   batch = min_of<std::int64_t>(batch, block::max_split_sequences);
-  std::int64_t most = fused_blocks<Format, 4>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 4>;
-  if (rows > 4)
-    most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 8>);
-  if (rows > 8)
-    most = max_of(most, fused_blocks<Format, 16>(batch, kv_heads, rows, splits) * fused_part_bytes<Format, 16>);
+  std::int64_t most = 0;
+  for (const int kib : policy::shared_kib_choices) {
+    most = max_of(most, fused_blocks<Format, 4>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 4>);
+    if (rows > 4)
+      most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 8>);
+    if (rows > 8)
+      most = max_of(most, fused_blocks<Format, 16>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 16>);
+  }
   return checked(most) + workspace_counter_bytes;
+}
+
+/// decode_attention for formats whose plans are known at compile time.
+template <class Format, warp::copy_engine Engine, int SharedKib, class Variant>
+status decode_fused(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
+                    const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
+                    const attention_options& options, const Variant& variant, const exec& e) {
+  if (const status s = check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
+  if (cache.batch == 0 || queries.extent[0] == 0) return {};
+  kernel::fused_args args{};
+  args.call = {cache,
+               queries,
+               query_start_loc,
+               out,
+               lse,
+               options,
+               static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads)};
+  args.key = params.key;
+  args.value = params.value;
+  args.report = e.report;
+  return launch_fused<Format, Engine, SharedKib>(args, e, variant);
 }
 
 /// decode_attention for formats whose plans are run-time data, and for the 16-bit and FP8 formats.
@@ -207,20 +253,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
   static_assert(detail::has_fused_kernel<Format>::value,
                 "score variants need a cache_format whose K and V have plans known at compile time");
   static_assert(std::is_trivially_copyable_v<Variant>, "a variant is a kernel argument");
-  if (const status s = detail::check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
-  if (cache.batch == 0 || queries.extent[0] == 0) return {};
-  kernel::fused_args args{};
-  args.call = {cache,
-               queries,
-               query_start_loc,
-               out,
-               lse,
-               options,
-               static_cast<std::int32_t>(queries.extent[1] / cache.pages.kv_heads)};
-  args.key = params.key;
-  args.value = params.value;
-  args.report = e.report;
-  return detail::launch_fused<Format>(args, e, variant);
+  return detail::decode_fused<Format, warp::copy_engine::best, 0>(queries, query_start_loc, cache, params, out, lse,
+                                                                  options, variant, e);
 }
 
 /// out = softmax(scale * q.K^T + mask) V over the coded tiles, sinks and ring of a cache, in stream order.
@@ -234,9 +268,10 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 /// tokens out; bad lengths are clamped, bad query ranges skipped; all three are reported in exec::report. Results
 /// repeat bit for bit for the same number of splits. \remark A format whose plans are known at compile time takes the
 /// fused kernel: its blocks share all tiles evenly, `splits` times as many as there are sequences x KV heads x row
-/// chunks, and it is built for the 227 KiB of shared memory of sm_90 and sm_100. Where a GPU has less than a block asks
-/// for, the launch is refused.
-/// \return not ok, with nothing launched, for what the host can see to be wrong; cuda_error if the launch is refused.
+/// chunks. Its blocks are shaped for the shared memory of the architecture: sm_90 and sm_100 take up to 16 query rows
+/// of a KV head in one pass over the cache; where a block of so many does not fit, as for D_v = 512 on sm_86, passes
+/// have 8 or 4. \return not ok, with nothing launched, for what the host can see to be wrong; cuda_error if the launch
+/// is refused.
 template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,

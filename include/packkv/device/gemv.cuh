@@ -26,36 +26,38 @@ kernel::gemv_args make_gemv_args(const cache_view& cache, const input_view<3>& i
   return args;
 }
 
-/// The blocks of the kernels for static formats.
-template <class Format, int Rows>
-using static_key_gemv = kernel::key_gemv_block<typename Format::key_codec_type, Rows, warp::copy_engine::best>;
-template <class Format, int Rows>
-using static_value_gemv = kernel::value_gemv_block<typename Format::value_codec_type, Rows, warp::copy_engine::best>;
-
 /// Blocks of a launch of the value kernel over `batch` sequences.
 template <class Format, int Rows>
-std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
-  using block_type = static_value_gemv<Format, Rows>;
-  if (splits == 0) return policy::gemv_blocks(block_type::shape);
-  constexpr std::int64_t most = min_of<std::int64_t>(block_type::max_blocks, workspace_counters);
+std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits,
+                               int shared_kib) {
+  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib);
+  if (!shape.fits()) return 0;
+  if (splits == 0) return policy::gemv_blocks(shape);
+  const std::int64_t most =
+      min_of<std::int64_t>(kernel::max_value_gemv_blocks<Rows>(shape), std::int64_t{workspace_counters});
   const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(group, Rows) * splits;
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
 template <class Format, int Rows>
-checked value_gemv_bytes(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
+checked value_gemv_bytes(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits,
+                         int shared_kib) {
   return checked(value_gemv_blocks<Format, Rows>(min_of<std::int64_t>(batch, block::max_split_sequences), kv_heads,
-                                                 group, splits)) *
-             2 * static_value_gemv<Format, Rows>::part_bytes +
+                                                 group, splits, shared_kib)) *
+             2 * (block::part_merge<Format::value_head_dim, Rows, 1>::part_floats * 4) +
          workspace_counter_bytes;
 }
 
+/// Whatever GPU it is.
 template <class Format>
 checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
   const int rows = policy::value_gemv_rows(group, Format::value_head_dim);
-  std::int64_t most = value_gemv_bytes<Format, 4>(batch, kv_heads, group, splits).value();
-  if (rows > 4) most = max_of(most, value_gemv_bytes<Format, 8>(batch, kv_heads, group, splits).value());
-  if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
-    if (rows > 8) most = max_of(most, value_gemv_bytes<Format, 16>(batch, kv_heads, group, splits).value());
+  std::int64_t most = 0;
+  for (const int kib : policy::shared_kib_choices) {
+    most = max_of(most, value_gemv_bytes<Format, 4>(batch, kv_heads, group, splits, kib).value());
+    if (rows > 4) most = max_of(most, value_gemv_bytes<Format, 8>(batch, kv_heads, group, splits, kib).value());
+    if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
+      if (rows > 8) most = max_of(most, value_gemv_bytes<Format, 16>(batch, kv_heads, group, splits, kib).value());
+  }
   return most;
 }
 
@@ -77,51 +79,73 @@ status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
   return {};
 }
 
-template <class Format, int Rows>
-status launch_key_gemv(const kernel::fused_gemv_args& all, const exec& e) {
-  using block_type = static_key_gemv<Format, Rows>;
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib>
+status launch_key_gemv(const kernel::fused_gemv_args& all, int shared_kib, const exec& e) {
+  const auto shape = kernel::key_gemv_shape<typename Format::key_codec_type, Rows>(shared_kib);
   return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
-    return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, warp::copy_engine::best>,
-                  grid_for(policy::gemv_blocks(block_type::shape)),
-                  block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
+    return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, Engine, SharedKib>,
+                  grid_for(policy::gemv_blocks(shape)), block_size(shape.warps * warp_threads, shape.shared_bytes),
+                  e.stream, args);
   });
 }
-template <class Format, int Rows>
-status launch_value_gemv(kernel::fused_gemv_args all, const exec& e, std::int32_t splits) {
-  using block_type = static_value_gemv<Format, Rows>;
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib>
+status launch_value_gemv(kernel::fused_gemv_args all, int shared_kib, const exec& e, std::int32_t splits) {
+  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib);
   const std::int64_t batch = min_of<std::int64_t>(all.call.cache.batch, block::max_split_sequences);
   const std::int32_t kv_heads = all.call.cache.pages.kv_heads, group = all.call.group;
-  if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(batch, kv_heads, group, splits)); !s) return s;
+  if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(batch, kv_heads, group, splits, shared_kib));
+      !s)
+    return s;
   all.counters = static_cast<std::uint32_t*>(e.workspace);
   all.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
-  const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits);
+  const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits, shared_kib);
   return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
-    return launch(kernel::fused_value_gemv<typename Format::value_codec_type, Rows, warp::copy_engine::best>,
-                  grid_for(blocks), block_size(block_type::threads, block_type::shape.shared_bytes), e.stream, args);
+    return launch(kernel::fused_value_gemv<typename Format::value_codec_type, Rows, Engine, SharedKib>,
+                  grid_for(blocks), block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args);
   });
 }
 
-template <class Format>
+inline status no_gemv_fits() {
+  return refuse(status_code::unsupported, "no block of the GEMV kernel fits into the shared memory of this GPU");
+}
+
+/// SharedKib: of an SM, 0: what the code that runs was compiled for.
+template <class Format, warp::copy_engine Engine, int SharedKib>
 status launch_key_gemv(const kernel::fused_gemv_args& args, const exec& e) {
-  switch (policy::key_gemv_rows(args.call.group)) {
+  using codec = typename Format::key_codec_type;
+  int kib = SharedKib;
+  if constexpr (SharedKib == 0)
+    if (const status s = compiled_shared_kib(kernel::fused_key_gemv<codec, 4, Engine, 0>, kib); !s) return s;
+  switch (fitting_rows(policy::key_gemv_rows(args.call.group), kib, kernel::key_gemv_shape<codec, 4>,
+                       kernel::key_gemv_shape<codec, 8>, kernel::key_gemv_shape<codec, 16>)) {
     case 4:
-      return launch_key_gemv<Format, 4>(args, e);
+      return launch_key_gemv<Format, 4, Engine, SharedKib>(args, kib, e);
     case 8:
-      return launch_key_gemv<Format, 8>(args, e);
+      return launch_key_gemv<Format, 8, Engine, SharedKib>(args, kib, e);
+    case 16:
+      return launch_key_gemv<Format, 16, Engine, SharedKib>(args, kib, e);
     default:
-      return launch_key_gemv<Format, 16>(args, e);
+      return no_gemv_fits();
   }
 }
-template <class Format>
+template <class Format, warp::copy_engine Engine, int SharedKib>
 status launch_value_gemv(const kernel::fused_gemv_args& args, const exec& e, std::int32_t splits) {
+  using codec = typename Format::value_codec_type;
   constexpr int most = policy::value_gemv_rows(16, Format::value_head_dim);
-  switch (policy::value_gemv_rows(args.call.group, Format::value_head_dim)) {
+  int kib = SharedKib;
+  if constexpr (SharedKib == 0)
+    if (const status s = compiled_shared_kib(kernel::fused_value_gemv<codec, 4, Engine, 0>, kib); !s) return s;
+  switch (fitting_rows(policy::value_gemv_rows(args.call.group, Format::value_head_dim), kib,
+                       kernel::value_gemv_shape<codec, 4>, kernel::value_gemv_shape<codec, 8>,
+                       kernel::value_gemv_shape<codec, most>)) {
     case 4:
-      return launch_value_gemv<Format, 4>(args, e, splits);
+      return launch_value_gemv<Format, 4, Engine, SharedKib>(args, kib, e, splits);
     case 8:
-      return launch_value_gemv<Format, 8>(args, e, splits);
+      return launch_value_gemv<Format, 8, Engine, SharedKib>(args, kib, e, splits);
+    case 16:
+      return launch_value_gemv<Format, most, Engine, SharedKib>(args, kib, e, splits);
     default:
-      return launch_value_gemv<Format, most>(args, e, splits);
+      return no_gemv_fits();
   }
 }
 
@@ -159,7 +183,7 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
   if constexpr (detail::has_fused_kernel<Format>::value) {
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, queries, scores, params.key, scale, e, args); !s) return s;
-    return detail::launch_key_gemv<Format>(args, e);
+    return detail::launch_key_gemv<Format, warp::copy_engine::best, 0>(args, e);
   }
   const std::int64_t group = queries.extent[1] / cache.pages.kv_heads;
   const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, 0);
@@ -209,7 +233,7 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
   if constexpr (detail::has_fused_kernel<Format>::value) {
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, weights, out, params.value, 1.0f, e, args); !s) return s;
-    return detail::launch_value_gemv<Format>(args, e, splits);
+    return detail::launch_value_gemv<Format, warp::copy_engine::best, 0>(args, e, splits);
   }
   const std::int64_t group = weights.extent[1] / cache.pages.kv_heads;
   const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, splits);

@@ -25,45 +25,58 @@ struct fused_args {
   device_report* report;
 };
 
-template <class Format, int Rows, warp::copy_engine Engine, class Variant>
+/// What a block needs in shared memory whatever its shape.
+template <class Format, int Rows>
+struct fused_storage {
+  /// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
+  struct owners {
+    int first, last, tail;
+  };
+  typename warp::mma_key_scores<typename Format::key_codec_type, Rows>::temp_storage queries;
+  block::sequence_items items;
+  block::decode_unit<Rows> unit;
+  std::int32_t next, unit_end;  ///< items: the block's next, and the end of its unit
+  owners owner;
+  int lo, hi;              ///< tiles of the unit that are this block's
+  bool coded, tail, last;  ///< the block has a part of the coded tokens; has the 16-bit tokens
+};
+
+/// How a block is built for SMs that have so much shared memory.
+template <class Format, int Rows>
+PACKKV_HOST_DEVICE constexpr policy::fused_block_shape fused_shape(int shared_kib) {
+  return policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows, Format::value_head_dim,
+                                  static_cast<int>(sizeof(fused_storage<Format, Rows>)) + 1024, shared_kib);
+}
+/// Most blocks of a launch: their factors fit where the tiles were.
+template <int Rows>
+constexpr int max_fused_blocks(const policy::fused_block_shape& shape) {
+  return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
+}
+
+template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib>
 class fused_block {
  public:
   static constexpr int key_dim = Format::key_head_dim, value_dim = Format::value_head_dim;
   using scores = warp::mma_key_scores<typename Format::key_codec_type, Rows>;
   using values = warp::mma_value_sum<typename Format::value_codec_type, Rows>;
-  /// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
-  struct owners {
-    int first, last, tail;
-  };
-  /// What the block needs in shared memory whatever its shape.
-  struct fixed_storage {
-    typename scores::temp_storage queries;
-    block::sequence_items items;
-    block::decode_unit<Rows> unit;
-    std::int32_t next, unit_end;  ///< items: the block's next, and the end of its unit
-    owners owner;
-    int lo, hi;              ///< tiles of the unit that are this block's
-    bool coded, tail, last;  ///< the block has a part of the coded tokens; has the 16-bit tokens
-  };
-  static constexpr auto shape = policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows,
-                                                         value_dim, static_cast<int>(sizeof(fixed_storage)) + 1024);
+  using owners = typename fused_storage<Format, Rows>::owners;
+  static constexpr auto shape = fused_shape<Format, Rows>(SharedKib);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using softmax = warp::lazy_softmax<values, Rows>;
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
   using merge = block::part_merge<value_dim, Rows, warps>;
   static constexpr int lane_rows = scores::lane_rows;
-  /// Of a warp: its tiles, and where they were, its results.
-  static constexpr int warp_bytes = max_of(stream::buffer_bytes, merge::part_floats * 4);
-  static constexpr int shared_bytes = warps * warp_bytes + 2 * merge::part_floats * 4;
-  static_assert(shared_bytes == shape.shared_bytes, "the policy knows what the kernel needs");
-  /// Most blocks of a launch: their factors fit where the tiles were.
-  static constexpr int max_blocks = merge::max_parts(warps * warp_bytes / 4);
-  static_assert(max_blocks >= policy::fused_blocks(shape), "all blocks' parts can be joined");
+  static constexpr int warp_bytes = shape.warp_bytes;
+  static_assert(warp_bytes >= stream::buffer_bytes && warp_bytes >= merge::part_floats * 4 &&
+                    shape.shared_bytes == warps * warp_bytes + 2 * merge::part_floats * 4,
+                "the policy knows what the kernel needs");
+  static_assert(max_fused_blocks<Rows>(shape) >= policy::fused_blocks(shape), "all blocks' parts can be joined");
 
-  struct temp_storage : fixed_storage {
+  struct temp_storage : fused_storage<Format, Rows> {
     typename stream::temp_storage stream_of[warps];
   };
-  static_assert(sizeof(temp_storage) <= sizeof(fixed_storage) + 1024, "the policy knows what the kernel needs");
+  static_assert(sizeof(temp_storage) <= sizeof(fused_storage<Format, Rows>) + 1024,
+                "the policy knows what the kernel needs");
 
   __device__ fused_block(const fused_args& args, const Variant& variant, temp_storage& storage, std::uint8_t* dynamic)
       : a_(args),
@@ -289,15 +302,20 @@ class fused_block {
   stream stream_;
 };
 
-/// Grid: any number of blocks, which share the work; see policy::fused_blocks.
-template <class Format, int Rows, warp::copy_engine Engine, class Variant>
-__global__ void __launch_bounds__(fused_block<Format, Rows, Engine, Variant>::threads,
-                                  fused_block<Format, Rows, Engine, Variant>::shape.blocks_per_sm)
+/// Grid: any number of blocks, which share the work; see policy::fused_blocks. Where no block fits into the shared
+/// memory the kernel is empty: the host knows that, too.
+template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib>
+__global__ void __launch_bounds__(
+    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib)).warps* detail::warp_threads,
+    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib)).blocks_per_sm)
     fused_decode(const __grid_constant__ fused_args args, const __grid_constant__ Variant variant) {
-  using block_type = fused_block<Format, Rows, Engine, Variant>;
-  detail::touch_parameters(args);
-  __shared__ typename block_type::temp_storage storage;
-  block_type(args, variant, storage, detail::dynamic_shared()).run();
+  constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
+  if constexpr (fused_shape<Format, Rows>(shared_kib).fits()) {
+    using block_type = fused_block<Format, Rows, Engine, Variant, shared_kib>;
+    detail::touch_parameters(args);
+    __shared__ typename block_type::temp_storage storage;
+    block_type(args, variant, storage, detail::dynamic_shared()).run();
+  }
 }
 
 }  // namespace packkv::kernel

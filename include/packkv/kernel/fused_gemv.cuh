@@ -36,17 +36,39 @@ __device__ inline void load_query(const input_view<3>& queries, std::int64_t b, 
     warp::load_16bit(row, stride, queries.type, index, x);
 }
 
+/// What a block needs in shared memory whatever its shape, with room for the unit list and for the rings' barriers.
+template <class Codec, int Rows>
+inline constexpr int key_gemv_fixed_bytes =
+    static_cast<int>(sizeof(typename warp::mma_key_scores<Codec, Rows>::temp_storage) + sizeof(block::sequence_items)) +
+    3072;
+inline constexpr int value_gemv_fixed_bytes = static_cast<int>(sizeof(block::sequence_items)) + 3072;
+
+/// How a block is built for SMs that have so much shared memory.
+template <class Codec, int Rows>
+PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape key_gemv_shape(int shared_kib) {
+  return policy::make_gemv_shape(Codec::spec().tile_bytes(), 0, key_gemv_fixed_bytes<Codec, Rows>,
+                                 policy::key_gemv_registers(Rows), shared_kib);
+}
+template <class Codec, int Rows>
+PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int shared_kib) {
+  constexpr int dim = Codec::spec().head_dim;
+  return policy::make_gemv_shape(Codec::spec().tile_bytes(), block::part_merge<dim, Rows, 1>::part_floats * 4,
+                                 value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib);
+}
+/// Most blocks of a launch of the value kernel: their factors fit where the tiles were.
+template <int Rows>
+constexpr int max_value_gemv_blocks(const policy::gemv_block_shape& shape) {
+  return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
+}
+
 /// Codec is a static key_codec of kind plan.
-template <class Codec, int Rows, warp::copy_engine Engine>
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
 class key_gemv_block {
  public:
   static constexpr codec_spec spec = Codec::spec();
   static constexpr int tile_bytes = spec.tile_bytes();
   using scores = warp::mma_key_scores<Codec, Rows>;
-  /// What the block needs in shared memory whatever its shape, with room for the unit list and for the rings' barriers.
-  static constexpr int fixed_bytes =
-      static_cast<int>(sizeof(typename scores::temp_storage) + sizeof(block::sequence_items)) + 3072;
-  static constexpr auto shape = policy::make_gemv_shape(tile_bytes, 0, fixed_bytes, policy::key_gemv_registers(Rows));
+  static constexpr auto shape = key_gemv_shape<Codec, Rows>(SharedKib);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using units_type = block::gemv_units<Rows, threads>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
@@ -56,7 +78,7 @@ class key_gemv_block {
     typename units_type::temp_storage units;
     typename stream_type::temp_storage stream_of[warps];
   };
-  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(fixed_bytes),
+  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(key_gemv_fixed_bytes<Codec, Rows>),
                 "the policy knows what the kernel needs");
 
   __device__ static void run(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic) {
@@ -97,31 +119,26 @@ class key_gemv_block {
 };
 
 /// Codec is a static value_codec of kind plan.
-template <class Codec, int Rows, warp::copy_engine Engine>
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
 class value_gemv_block {
  public:
   static constexpr codec_spec spec = Codec::spec();
   static constexpr int dim = spec.head_dim, tile_bytes = spec.tile_bytes();
   using values = warp::mma_value_sum<Codec, Rows>;
-  static constexpr int part_bytes = block::part_merge<dim, Rows, 1>::part_floats * 4;
-  static constexpr int fixed_bytes = static_cast<int>(sizeof(block::sequence_items)) + 3072;
-  static constexpr auto shape =
-      policy::make_gemv_shape(tile_bytes, part_bytes, fixed_bytes, policy::value_gemv_registers(Rows, dim));
+  static constexpr auto shape = value_gemv_shape<Codec, Rows>(SharedKib);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using units_type = block::gemv_units<Rows, threads>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
   using merge = block::part_merge<dim, Rows, warps>;
   static constexpr int part_stride = shape.warp_bytes / 4;
-  /// Most blocks of a launch: their factors fit where the tiles were.
-  static constexpr int max_blocks = merge::max_parts(warps * part_stride);
-  static_assert(max_blocks >= policy::gemv_blocks(shape), "all blocks' parts can be joined");
+  static_assert(max_value_gemv_blocks<Rows>(shape) >= policy::gemv_blocks(shape), "all blocks' parts can be joined");
 
   struct temp_storage {
     typename units_type::temp_storage units;
     typename stream_type::temp_storage stream_of[warps];
     bool last;
   };
-  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(fixed_bytes),
+  static_assert(sizeof(temp_storage) <= static_cast<std::size_t>(value_gemv_fixed_bytes),
                 "the policy knows what the kernel needs");
 
   __device__ value_gemv_block(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic)
@@ -217,22 +234,31 @@ class value_gemv_block {
   float *parts_, *joined_;  ///< of the warps, where their tiles were; of the block
 };
 
-/// Grid: any number of blocks, which share the work; see policy::gemv_blocks.
-template <class Codec, int Rows, warp::copy_engine Engine>
-__global__ void __launch_bounds__(key_gemv_block<Codec, Rows, Engine>::threads,
-                                  key_gemv_block<Codec, Rows, Engine>::shape.blocks_per_sm)
+/// Grid: any number of blocks, which share the work; see policy::gemv_blocks. Where no block fits into the shared
+/// memory the kernels are empty: the host knows that, too.
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
+__global__ void __launch_bounds__(
+    key_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).warps* detail::warp_threads,
+    key_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).blocks_per_sm)
     fused_key_gemv(const __grid_constant__ fused_gemv_args args) {
-  using block_type = key_gemv_block<Codec, Rows, Engine>;
-  __shared__ typename block_type::temp_storage storage;
-  block_type::run(args, storage, detail::dynamic_shared());
+  constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
+  if constexpr (key_gemv_shape<Codec, Rows>(shared_kib).fits()) {
+    using block_type = key_gemv_block<Codec, Rows, Engine, shared_kib>;
+    __shared__ typename block_type::temp_storage storage;
+    block_type::run(args, storage, detail::dynamic_shared());
+  }
 }
-template <class Codec, int Rows, warp::copy_engine Engine>
-__global__ void __launch_bounds__(value_gemv_block<Codec, Rows, Engine>::threads,
-                                  value_gemv_block<Codec, Rows, Engine>::shape.blocks_per_sm)
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
+__global__ void __launch_bounds__(
+    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).warps* detail::warp_threads,
+    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).blocks_per_sm)
     fused_value_gemv(const __grid_constant__ fused_gemv_args args) {
-  using block_type = value_gemv_block<Codec, Rows, Engine>;
-  __shared__ typename block_type::temp_storage storage;
-  block_type(args, storage, detail::dynamic_shared()).run();
+  constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
+  if constexpr (value_gemv_shape<Codec, Rows>(shared_kib).fits()) {
+    using block_type = value_gemv_block<Codec, Rows, Engine, shared_kib>;
+    __shared__ typename block_type::temp_storage storage;
+    block_type(args, storage, detail::dynamic_shared()).run();
+  }
 }
 
 }  // namespace packkv::kernel

@@ -4,39 +4,43 @@
 
 #include <cstdint>
 #include <packkv/codec/pages.hpp>
+#include <packkv/policy/machine.hpp>
 
 namespace packkv::policy {
 
 /// How a block of the fused decode kernel is built. Printable.
 struct fused_block_shape {
   int warps = 8;
-  int stages = 2;         ///< tiles in flight or in use, of each warp
+  int stages = 2;         ///< tiles in flight or in use, of each warp; 0: no block fits
   int blocks_per_sm = 2;  ///< that fit, by shared memory and registers
+  int warp_bytes = 0;     ///< of a warp's tiles, which later hold its results
   int shared_bytes = 0;   ///< dynamic
-};
 
-/// Shared memory of an SM of sm_90, and what the system takes of it for each block.
-inline constexpr int shared_bytes_per_sm = 228 * 1024, shared_bytes_per_block = 1024;
+  PACKKV_HOST_DEVICE constexpr bool fits() const { return stages > 0; }
+};
 
 /// Bytes that an SM should have under way or in use. More made decode slower (H100, 2026-11-25, 2.12 bits, batch 8 x
 /// 128k tokens: 136 KiB 0.222 ms, 204 KiB 0.231 ms).
 inline constexpr int bytes_in_flight = 128 * 1024;
 
-/// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, and a block that needs
-/// `fixed_bytes` of shared memory beside the ring.
+/// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, a block that needs `fixed_bytes`
+/// of shared memory beside the ring, and SMs that have `shared_kib`.
 PACKKV_HOST_DEVICE constexpr fused_block_shape make_fused_shape(int stage_bytes, int rows, int value_dim,
-                                                                int fixed_bytes) {
+                                                                int fixed_bytes, int shared_kib) {
   fused_block_shape s;
   const int part_bytes = rows * (value_dim + 8) * 4;        // a warp's results take the place of its tiles
   s.blocks_per_sm = rows == 4 && value_dim <= 128 ? 2 : 1;  // 128 registers a thread
   for (;; s.warps = s.blocks_per_sm > 1 ? s.warps : s.warps / 2, s.blocks_per_sm = 1) {
-    const int room = shared_bytes_per_sm / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - 2 * part_bytes;
+    const int room = shared_kib * 1024 / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - 2 * part_bytes;
     const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * stage_bytes);
     s.stages = min_of(min_of(max_of(wanted, 2), 4), room / (s.warps * stage_bytes));
     const bool enough = s.stages >= 2 || (s.stages == 1 && s.warps <= 4);
-    if ((enough && s.warps * part_bytes <= room) || s.warps == 1) break;
+    const bool fits = enough && s.warps * part_bytes <= room;
+    if (!fits && s.warps == 1) s.stages = 0;
+    if (fits || s.warps == 1) break;
   }
-  s.shared_bytes = s.warps * max_of(s.stages * stage_bytes, part_bytes) + 2 * part_bytes;
+  s.warp_bytes = max_of(s.stages * stage_bytes, part_bytes);
+  s.shared_bytes = s.warps * s.warp_bytes + 2 * part_bytes;
   return s;
 }
 

@@ -11,10 +11,12 @@ namespace packkv::policy {
 /// How a block of a GEMV kernel is built. Printable.
 struct gemv_block_shape {
   int warps = 8;
-  int stages = 2;         ///< tiles in flight or in use, of each warp
+  int stages = 2;         ///< tiles in flight or in use, of each warp; 0: no block fits
   int blocks_per_sm = 2;  ///< that fit, by shared memory and registers
   int warp_bytes = 0;     ///< of a warp's ring, which later holds its part of the sums
   int shared_bytes = 0;   ///< dynamic
+
+  PACKKV_HOST_DEVICE constexpr bool fits() const { return stages > 0; }
 };
 
 /// Registers that a thread of a GEMV kernel may use: 2 blocks of 8 warps, 1 of 12, or 1 of 8 fit an SM then.
@@ -35,19 +37,21 @@ PACKKV_HOST_DEVICE constexpr int value_gemv_rows(std::int64_t group, int head_di
   return min_of(key_gemv_rows(group), head_dim > 256 ? 8 : 16);
 }
 
-/// Shape for tiles of `tile_bytes`, parts of sums of `part_bytes` (none: 0), and a block that needs `fixed_bytes` of
-/// shared memory beside them.
+/// Shape for tiles of `tile_bytes`, parts of sums of `part_bytes` (none: 0), a block that needs `fixed_bytes` of shared
+/// memory beside them, and SMs that have `shared_kib`.
 PACKKV_HOST_DEVICE constexpr gemv_block_shape make_gemv_shape(int tile_bytes, int part_bytes, int fixed_bytes,
-                                                              gemv_registers registers) {
+                                                              gemv_registers registers, int shared_kib) {
   gemv_block_shape s;
   s.blocks_per_sm = registers == gemv_registers::few ? 2 : 1;
   s.warps = registers == gemv_registers::more ? 12 : 8;
   for (;;) {
-    const int room = shared_bytes_per_sm / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - part_bytes;
+    const int room = shared_kib * 1024 / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - part_bytes;
     const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * tile_bytes);
     s.stages = min_of(min_of(max_of(wanted, 2), 8), room / (s.warps * tile_bytes));
     const bool enough = s.stages >= 2 || (s.stages == 1 && s.warps <= 4);
-    if ((enough && s.warps * part_bytes <= room) || s.warps == 1) break;
+    const bool fits = enough && s.warps * part_bytes <= room;
+    if (!fits && s.warps == 1) s.stages = 0;
+    if (fits || s.warps == 1) break;
     if (s.blocks_per_sm > 1)
       s.blocks_per_sm = 1;
     else
