@@ -13,6 +13,7 @@
 #include <packkv/device/adaptive.cuh>
 #include <packkv/device/compress.cuh>
 #include <packkv/device/decode_attention.cuh>
+#include <packkv/device/decode_plan.cuh>
 #include <packkv/device/exec.cuh>
 #include <packkv/device/format_family.cuh>
 #include <packkv/device/gemv.cuh>

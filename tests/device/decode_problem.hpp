@@ -68,6 +68,14 @@ struct decode_problem {
     device_context = device_array<std::int32_t>(context);
   }
 
+  /// A ring of each sequence's last `window` tokens.
+  void set_ring(random_source& random, int window) {
+    ring_capacity = window + options.max_query_len + 1;
+    ring_window = window;
+    with_rows = false;
+    ring_keys = overlay(random, cache.shape.batch, ring_capacity, Format::key_head_dim);
+    ring_values = overlay(random, cache.shape.batch, ring_capacity, Format::value_head_dim);
+  }
   tensor_data overlay(random_source& random, int rows, int count, int dim) {
     return tensor_data(random, cache.shape.type, rows, cache.shape.kv_heads, count, dim, 0.7f);
   }

@@ -42,7 +42,7 @@ __global__ void share_work(const pk::block::sequence_cost* costs, int batch, std
   const std::int32_t total = items.begin[batch];
   for (int b = static_cast<int>(threadIdx.x); b <= batch; b += Threads) {
     out->begin[b] = items.begin[b];
-    if (b < batch) out->items[b] = items.items_of(costs[b]);
+    if (b < batch) out->items[b] = items.units.items_of(costs[b]);
   }
   for (int i = static_cast<int>(threadIdx.x); i < samples; i += Threads) {
     if (i <= shares.blocks()) out->share_begin[i] = shares.begin(i);
@@ -56,7 +56,7 @@ __global__ void share_work(const pk::block::sequence_cost* costs, int batch, std
   }
   if (threadIdx.x == 0) {
     out->shares = shares.blocks();
-    out->aligned = items.aligned;
+    out->aligned = items.units.aligned;
     out->share_begin[samples] = shares.begin(shares.blocks());
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <packkv/block/row_ranges.cuh>
+#include <packkv/block/work_split.cuh>
 #include <packkv/detail/report.cuh>
 #include <packkv/warp/attention_row.cuh>
 #include <packkv/warp/raw_attention.cuh>
@@ -36,19 +37,18 @@ struct decode_sequence {
   int query_count = 0, chunks = 0;  ///< query tokens; units of its rows per KV head
   int first_tile = 0, tiles = 0;    ///< tiles in which a query may see a coded token
 
-  __device__ decode_sequence(const decode_call& call, std::int64_t sequence, int rows, device_report* report)
+  /// What is wrong with its lengths is added to `flags`.
+  PACKKV_HOST_DEVICE decode_sequence(const decode_call& call, std::int64_t sequence, int rows, std::uint32_t& flags)
       : b(sequence) {
-    std::uint32_t flags = 0;
     find(call, rows, flags);
-    detail::add_report(report, flags, 0);
   }
-  __device__ std::int64_t units(const decode_call& call) const {
-    return static_cast<std::int64_t>(chunks) * call.cache.pages.kv_heads;
+  PACKKV_HOST_DEVICE sequence_cost cost(const decode_call& call, std::int32_t raw_items) const {
+    return {chunks * call.cache.pages.kv_heads, tiles, raw_items};
   }
   __device__ bool has_raw() const { return view.sinks > 0 || view.ring_begin < view.length; }
 
  private:
-  __device__ void find(const decode_call& call, int rows, std::uint32_t& flags) {
+  PACKKV_HOST_DEVICE void find(const decode_call& call, int rows, std::uint32_t& flags) {
     const std::int64_t query_end = call.query_start_loc[b + 1];
     query_begin = call.query_start_loc[b];
     const std::int32_t length = detail::clamp_length(call.cache.seq_lens, b, call.cache.max_seq_len, flags);

@@ -83,7 +83,7 @@ class gemv_units {
       const std::int32_t item = storage_.next;
       const int index = storage_.items.owner(call_.sequences, item);
       const sequence_cost cost = storage_.items.cost[index];
-      const std::int32_t items = storage_.items.items_of(cost), begin = storage_.items.begin[index];
+      const std::int32_t items = storage_.items.units.items_of(cost), begin = storage_.items.begin[index];
       const std::int32_t number = quotient(item - begin, items).whole;
       const std::int32_t unit_begin = begin + number * items;
       storage_.next = unit_begin + items;

@@ -14,10 +14,12 @@ struct token_range {
 };
 
 /// Out of line, since hardly any call comes here: 64-bit divisions are long.
-__device__ __noinline__ inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+PACKKV_HOST_DEVICE __noinline__ inline std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
 /// First local token whose position is at least p.
-__device__ inline std::int32_t token_at(const detail::visibility& view, std::int64_t p) {
+PACKKV_HOST_DEVICE inline std::int32_t token_at(const detail::visibility& view, std::int64_t p) {
   std::int64_t d = p - view.position_offset;
   if (view.position_stride != 1) d = divide_up(d, view.position_stride);
   return static_cast<std::int32_t>(min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length));
@@ -25,7 +27,7 @@ __device__ inline std::int32_t token_at(const detail::visibility& view, std::int
 
 /// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them. What a call
 /// does not use costs it no arithmetic.
-__device__ inline token_range coded_range(const detail::visibility& view, std::int64_t p) {
+PACKKV_HOST_DEVICE inline token_range coded_range(const detail::visibility& view, std::int64_t p) {
   std::int32_t begin = view.sinks, end = view.length;
   if (view.kv_begin > 0) begin = max_of(begin, token_at(view, view.kv_begin));
   if (view.window > 0) begin = max_of(begin, token_at(view, p - view.window + 1));

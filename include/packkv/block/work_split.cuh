@@ -31,7 +31,7 @@ constexpr std::int32_t max_launch_sequences(std::int64_t units, std::int64_t til
 struct quotient {
   std::int32_t whole, rest;
   quotient() = default;
-  __device__ quotient(std::int32_t a, std::int32_t b)
+  PACKKV_HOST_DEVICE quotient(std::int32_t a, std::int32_t b)
       : whole(static_cast<std::int32_t>(static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b))),
         rest(a - whole * b) {}
 };
@@ -41,13 +41,15 @@ class even_shares {
  public:
   even_shares() = default;
   /// At most `blocks` shares, none of them empty.
-  __device__ even_shares(std::int32_t total, std::int32_t blocks)
+  PACKKV_HOST_DEVICE even_shares(std::int32_t total, std::int32_t blocks)
       : blocks_(min_of(blocks, total)), each_(total, max_of(blocks_, 1)) {}
-  __device__ std::int32_t blocks() const { return blocks_; }
+  PACKKV_HOST_DEVICE std::int32_t blocks() const { return blocks_; }
   /// First item of a block, which may be the end.
-  __device__ std::int32_t begin(std::int32_t block) const { return each_.whole * block + min_of(block, each_.rest); }
+  PACKKV_HOST_DEVICE std::int32_t begin(std::int32_t block) const {
+    return each_.whole * block + min_of(block, each_.rest);
+  }
   /// The block that has an item.
-  __device__ std::int32_t owner(std::int32_t item) const {
+  PACKKV_HOST_DEVICE std::int32_t owner(std::int32_t item) const {
     const std::int32_t larger = each_.rest * (each_.whole + 1);
     const bool early = item < larger;
     return quotient(early ? item : item - larger, each_.whole + (early ? 1 : 0)).whole + (early ? 0 : each_.rest);
@@ -65,17 +67,69 @@ struct sequence_cost {
   std::int32_t raw;    ///< what the 16-bit tokens of a unit cost, in tiles
 };
 
+/// What all units of a launch are like. Items here are tiles and the cost of 16-bit tokens.
+struct unit_totals {
+  std::uint32_t units, items;    ///< of all of them
+  std::uint32_t largest, least;  ///< items of a unit
+  std::uint32_t raw;             ///< the most that 16-bit tokens of a unit cost
+
+  PACKKV_HOST_DEVICE void add(const sequence_cost& c) {
+    if (c.units == 0) return;
+    const auto each = static_cast<std::uint32_t>(c.tiles + c.raw);
+    units += static_cast<std::uint32_t>(c.units);
+    items += static_cast<std::uint32_t>(c.units) * each;
+    largest = max_of(largest, each);
+    least = min_of(least, each);
+    raw = max_of(raw, static_cast<std::uint32_t>(c.raw));
+  }
+};
+
+/// Where units begin.
+struct unit_alignment {
+  std::int32_t aligned;  ///< > 0: at multiples of this, which is also what a block takes
+  bool own_tail;         ///< then: tails begin there, too
+
+  /// Items of a unit: its tiles, then a tail of which the last item stands for all that is not tiles.
+  PACKKV_HOST_DEVICE std::int32_t items_of(const sequence_cost& c) const {
+    if (aligned == 0) return c.tiles + c.raw + unit_cost;
+    const std::int32_t items = own_tail ? c.tiles + aligned : max_of(c.tiles + c.raw, 1);
+    return quotient(items + aligned - 1, aligned).whole * aligned;
+  }
+  /// The shares of up to `blocks` blocks in `total` items.
+  PACKKV_HOST_DEVICE even_shares shares(std::int32_t total, std::int32_t blocks) const {
+    return even_shares(total, aligned > 0 ? quotient(total, aligned).whole : blocks);
+  }
+};
+
+/// Where units are few, each begins with a block of its own: a block that has parts of two units does them one after
+/// the other.
+PACKKV_HOST_DEVICE inline unit_alignment align_units(const unit_totals& all, std::int32_t blocks) {
+  unit_alignment a = {0, false};
+  const bool uniform = all.least == all.largest;
+  const auto units = static_cast<std::int32_t>(all.units);
+  if (units == 0 || units > blocks / (uniform ? 1 : 8)) return a;
+  std::int32_t each = quotient(blocks, units).whole;
+  auto items = static_cast<std::int32_t>(all.largest);
+  a.own_tail = all.raw > 0 && each >= blocks_with_own_tail;
+  if (a.own_tail) {
+    --each;
+    items -= static_cast<std::int32_t>(all.raw);
+  }
+  a.aligned = uniform ? quotient(items + each - 1, each).whole
+                      : quotient(static_cast<std::int32_t>(all.items), blocks - units * (a.own_tail ? 2 : 1)).whole + 1;
+  a.aligned = max_of(a.aligned, 1);
+  return a;
+}
+
 /// The items of the sequences of a launch, in shared memory.
 struct sequence_items {
   std::int32_t begin[max_split_sequences + 1];  ///< begin[b] .. begin[b + 1] are those of sequence b
   sequence_cost cost[max_split_sequences];
-  even_shares shares;    ///< of the blocks
-  std::int32_t aligned;  ///< > 0: units begin at multiples of this, which is also what a block takes
-  bool own_tail;         ///< then: tails begin there, too
+  even_shares shares;  ///< of the blocks
+  unit_alignment units;
 
   /// cost_of(b) is called once for each of `batch` <= max_launch_sequences(...) sequences. All threads of the block
-  /// take part; a barrier must follow. Where units are few, each begins with a block of its own: a block that has parts
-  /// of two units does them one after the other.
+  /// take part; a barrier must follow.
   template <int Threads, class Cost>
   __device__ void build(int batch, std::int32_t blocks, Cost&& cost_of) {
 #pragma unroll 1
@@ -86,28 +140,26 @@ struct sequence_items {
     if (batch > detail::warp_threads) __syncthreads();
     if (detail::warp_id() != 0) return;
     __syncwarp();
-    choose(batch, blocks);
+    const unit_totals all = totals(batch);
+    if (detail::lane_id() == 0) {
+      const unit_alignment chosen = align_units(all, blocks);
+      units = chosen;
+    }
+    __syncwarp();
     std::int32_t total = 0;
 #pragma unroll 1
     for (int first = 0; first < batch; first += detail::warp_threads) {
       const int b = first + detail::lane_id();
-      std::int32_t up_to = b < batch ? cost[b].units * items_of(cost[b]) : 0;
+      std::int32_t up_to = b < batch ? cost[b].units * units.items_of(cost[b]) : 0;
       if (batch > 1) up_to = total + detail::warp_prefix_sum(up_to);
       if (b < batch) begin[b + 1] = up_to;
       total = detail::shuffle(up_to, min_of(batch - first, detail::warp_threads) - 1);
     }
     if (detail::lane_id() == 0) {
       begin[0] = 0;
-      const even_shares all(total, aligned > 0 ? quotient(total, aligned).whole : blocks);
-      shares = all;
+      const even_shares of_blocks = units.shares(total, blocks);
+      shares = of_blocks;
     }
-  }
-
-  /// Items of a unit: its tiles, then a tail of which the last item stands for all that is not tiles.
-  __device__ std::int32_t items_of(const sequence_cost& c) const {
-    if (aligned == 0) return c.tiles + c.raw + unit_cost;
-    const std::int32_t items = own_tail ? c.tiles + aligned : max_of(c.tiles + c.raw, 1);
-    return quotient(items + aligned - 1, aligned).whole * aligned;
   }
 
   /// The sequence that has an item.
@@ -125,48 +177,19 @@ struct sequence_items {
   }
 
  private:
-  /// By warp 0.
-  __device__ void choose(int batch, std::int32_t blocks) {
-    unsigned units = 0, largest = 0, least = 0xffffffffu, raw = 0, total = 0;
+  /// By warp 0; in its first lane where there is one sequence, else in all.
+  __device__ unit_totals totals(int batch) const {
+    unit_totals all = {0, 0, 0, 0xffffffffu, 0};
 #pragma unroll 1
-    for (int b = detail::lane_id(); b < batch; b += detail::warp_threads)
-      if (cost[b].units > 0) {
-        const auto items = static_cast<unsigned>(cost[b].tiles + cost[b].raw),
-                   count = static_cast<unsigned>(cost[b].units);
-        units += count;
-        total += count * items;
-        largest = max_of(largest, items);
-        least = min_of(least, items);
-        raw = static_cast<unsigned>(cost[b].raw);
-      }
+    for (int b = detail::lane_id(); b < batch; b += detail::warp_threads) all.add(cost[b]);
     if (batch > 1) {
-      units = detail::warp_sum_unsigned(units);
-      total = detail::warp_sum_unsigned(total);
-      largest = detail::warp_max_unsigned(largest);
-      least = ~detail::warp_max_unsigned(~least);
-      raw = detail::warp_max_unsigned(raw);
+      all.units = detail::warp_sum_unsigned(all.units);
+      all.items = detail::warp_sum_unsigned(all.items);
+      all.largest = detail::warp_max_unsigned(all.largest);
+      all.least = ~detail::warp_max_unsigned(~all.least);
+      all.raw = detail::warp_max_unsigned(all.raw);
     }
-    if (detail::lane_id() == 0) {
-      std::int32_t share = 0;
-      bool tails = false;
-      const bool uniform = least == largest;
-      const auto count = static_cast<std::int32_t>(units);
-      if (count > 0 && count <= blocks / (uniform ? 1 : 8)) {
-        std::int32_t each = quotient(blocks, count).whole;
-        auto items = static_cast<std::int32_t>(largest);
-        tails = raw > 0 && each >= blocks_with_own_tail;
-        if (tails) {
-          --each;
-          items -= static_cast<std::int32_t>(raw);
-        }
-        share = uniform ? quotient(items + each - 1, each).whole
-                        : quotient(static_cast<std::int32_t>(total), blocks - count * (tails ? 2 : 1)).whole + 1;
-        share = max_of(share, 1);
-      }
-      aligned = share;
-      own_tail = tails;
-    }
-    __syncwarp();
+    return all;
   }
 };
 

@@ -91,19 +91,31 @@ std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
 
+/// What the 16-bit tokens of a unit cost, in tiles.
+inline std::int32_t raw_items_of(const cache_view& cache, const attention_options& options) {
+  const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
+  return policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
+                          (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
+}
+template <int Rows>
+std::int32_t sequences_per_launch(const cache_view& cache, std::int64_t rows, std::int32_t raw_items) {
+  return block::max_launch_sequences(ceil_div<std::int64_t>(rows, Rows) * cache.pages.kv_heads,
+                                     ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), raw_items);
+}
+inline status too_much_work() {
+  return refuse(status_code::overflow, "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows");
+}
+inline status no_decode_fits() {
+  return refuse(status_code::unsupported, "no block of the decode kernel fits into the shared memory of this GPU");
+}
+
 template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, class Variant>
 status launch_fused(kernel::fused_args args, std::int64_t rows, int shared_kib, const exec& e, const Variant& variant) {
   const cache_view& cache = args.call.cache;
   const attention_options& options = args.call.options;
-  const bool sinks = cache.sinks.keys.data != nullptr, ring = cache.ring.keys.data != nullptr;
-  args.raw_items = policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
-                                    (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
-  const std::int32_t most =
-      block::max_launch_sequences(ceil_div<std::int64_t>(rows, Rows) * cache.pages.kv_heads,
-                                  ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), args.raw_items);
-  if (most == 0)
-    return refuse(status_code::overflow,
-                  "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows");
+  args.raw_items = raw_items_of(cache, options);
+  const std::int32_t most = sequences_per_launch<Rows>(cache, rows, args.raw_items);
+  if (most == 0) return too_much_work();
   const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
   const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits, shared_kib);
   if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
@@ -135,8 +147,7 @@ status compiled_shared_kib(void (*kernel)(Parameter...), int& shared_kib) {
 template <class Format, warp::copy_engine Engine, int SharedKib, class Variant>
 status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
   const std::int64_t rows = std::int64_t{args.call.group} * args.call.options.max_query_len;
-  if (rows > max_count)
-    return refuse(status_code::overflow, "more than 2^31 - 1 query rows of a sequence: cut the call into smaller ones");
+  if (rows > max_count) return too_much_work();
   int kib = SharedKib;
   if constexpr (SharedKib == 0)
     if (const status s = compiled_shared_kib(kernel::fused_decode<Format, 4, Engine, Variant, 0>, kib); !s) return s;
@@ -149,7 +160,7 @@ status launch_fused(const kernel::fused_args& args, const exec& e, const Variant
     case 16:
       return launch_fused<Format, 16, Engine, SharedKib>(args, rows, kib, e, variant);
     default:
-      return refuse(status_code::unsupported, "no block of the decode kernel fits into the shared memory of this GPU");
+      return no_decode_fits();
   }
 }
 

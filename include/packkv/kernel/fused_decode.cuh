@@ -90,7 +90,10 @@ class fused_block {
 
   __device__ void run() {
     storage_.items.template build<threads>(a_.sequences, gridDim.x, [&](int index) {
-      return cost_of(block::decode_sequence(a_.call, a_.first_sequence + index, Rows, a_.report));
+      std::uint32_t flags = 0;
+      const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, flags);
+      detail::add_report(a_.report, flags, 0);
+      return s.cost(a_.call, a_.raw_items);
     });
     const auto here = static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0 && here < storage_.items.shares.blocks()) storage_.next = storage_.items.shares.begin(here);
@@ -111,10 +114,6 @@ class fused_block {
   }
 
  private:
-  __device__ block::sequence_cost cost_of(const block::decode_sequence& s) const {
-    return {static_cast<std::int32_t>(s.units(a_.call)), s.tiles, a_.raw_items};
-  }
-
   /// Finds the block's next unit and its part of it; false if there is none. A barrier follows before `owner` is read.
   __device__ bool take() {
     const block::even_shares shares = storage_.items.shares;
@@ -122,8 +121,10 @@ class fused_block {
     const std::int32_t item = storage_.next, end = shares.begin(here + 1);
     if (item >= end) return false;
     const int index = storage_.items.owner(a_.sequences, item);
-    const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, nullptr);
-    const std::int32_t items = storage_.items.items_of(storage_.items.cost[index]), begin = storage_.items.begin[index];
+    std::uint32_t known = 0;  // and reported
+    const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, known);
+    const std::int32_t items = storage_.items.units.items_of(storage_.items.cost[index]),
+                       begin = storage_.items.begin[index];
     const std::int32_t number = block::quotient(item - begin, items).whole;
     const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
     unit_.set(a_.call, s, number);
