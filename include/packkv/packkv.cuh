@@ -24,6 +24,7 @@
 #include <packkv/warp/attention_row.cuh>
 #include <packkv/warp/element.cuh>
 #include <packkv/warp/key_scores.cuh>
+#include <packkv/warp/lane_parameters.cuh>
 #include <packkv/warp/lazy_softmax.cuh>
 #include <packkv/warp/mma_key_scores.cuh>
 #include <packkv/warp/mma_value_sum.cuh>

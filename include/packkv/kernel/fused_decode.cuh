@@ -152,12 +152,11 @@ class fused_block {
     using namespace packkv::detail;
     const bool shaped = a_.call.options.soft_cap > 0.0f || Variant::active;
     // The queries first: behind all blocks' first tiles they would wait for microseconds.
-    const head_parameters key_head = of_head(Format::key(), a_.key, unit_.head);
     std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
+    typename scores::head_values own = {};
     if (warp_id() < Rows) {
-      int channel[key_dim / 32];
-      scores::channels_of_lane(key_head, channel);
-      unit_.load_query(a_.call, warp_id(), channel, query);
+      own = scores::head_values::load(of_head(Format::key(), a_.key, unit_.head));
+      unit_.load_query(a_.call, warp_id(), own.channel, query);
     }
     const block::row_ranges ranges = unit_.ranges();
     const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
@@ -166,7 +165,7 @@ class fused_block {
       unit_.raw.template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
     stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
     scores::prepare(
-        storage_.queries, key_head,
+        storage_.queries, own,
         [&](int r, const auto& index, auto& x) {
           if (r == warp_id())
             unit_.convert_query(a_.call, r, query, x);

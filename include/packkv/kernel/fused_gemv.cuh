@@ -90,7 +90,7 @@ class key_gemv_block {
       stream.open(warp::key_pages(a.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
       // The queries before the tiles: behind all blocks' first tiles they would wait for microseconds.
       scores::prepare(
-          storage.queries, of_head(Codec::spec(), a.parameters, piece.head),
+          storage.queries, scores::head_values::load(of_head(Codec::spec(), a.parameters, piece.head)),
           [&](int r, const auto& index, auto& x) {
             load_query(a.call.in, piece.b, piece.first_head + min_of(r, piece.rows - 1), index, x);
             for (auto& y : x) y = r < piece.rows ? y : 0.0f;

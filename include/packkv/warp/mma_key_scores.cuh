@@ -2,7 +2,8 @@
 // Scores of the 64 keys of a coded tile against up to 16 query rows, by integer matrix products on the codes.
 // One idea: a query is a 16-bit fixed-point number per channel, its bytes are two columns of a u8 x s8 product, and so
 // a score is exact in the codes and in the rounded query (docs/numerics.md, rules 1 and 2).
-//   using scores = mma_key_scores<Codec, Rows>;   scores::prepare(storage, head, source, factor, warp, warps);
+//   using scores = mma_key_scores<Codec, Rows>;   const auto own = scores::head_values::load(head);
+//   scores::prepare(storage, own, source, factor, warp, warps);
 //   __syncthreads();   scores keys(storage);   float s[8][scores::columns::lane_rows];   keys.compute(tile, s);
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <packkv/detail/matrix.cuh>
 #include <packkv/detail/unroll.hpp>
 #include <packkv/thread/unpack.cuh>
+#include <packkv/warp/lane_parameters.cuh>
 #include <packkv/warp/score_columns.cuh>
 #include <packkv/warp/transform.cuh>
 
@@ -35,41 +37,31 @@ class mma_key_scores {
     float leading[spec.leading > 0 ? spec.leading : 1][Rows];
   };
 
-  /// The channels of a query that a lane handles, of the original basis.
-  __device__ static void channels_of_lane(const head_parameters& head, int (&channel)[dim / 32]) {
-    for (int i = 0; i < dim / 32; ++i) channel[i] = detail::lane_id() + 32 * i;
-    if (spec.transform == transform_kind::permutation)
-      for (int i = 0; i < dim / 32; ++i) channel[i] = head.permutation[channel[i]];
-  }
+  using head_values = lane_parameters<Codec>;
 
-  /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis. Scores
-  /// are multiplied by `factor`. Row r is done by warp r % warps. The caller synchronises the block before the
-  /// constructor.
+  /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis, `own` is
+  /// what the lane needs of the head's parameters. Scores are multiplied by `factor`. Row r is done by warp r % warps.
+  /// The caller synchronises the block before the constructor.
   template <class Source>
-  __device__ static void prepare(temp_storage& storage, const head_parameters& head, Source&& source, float factor,
-                                 int warp, int warps) {
+  __device__ static void prepare(temp_storage& storage, const head_values& own, Source&& source, float factor, int warp,
+                                 int warps) {
     using namespace packkv::detail;
     for (int row = warp; row < Rows; row += warps) {
       constexpr int registers = dim / 32;
-      int channel[registers];
-      channels_of_lane(head, channel);
       float q[registers], offset = 0.0f;
-      source(row, channel, q);
+      source(row, own.channel, q);
       bool finite = true;
       for (int i = 0; i < registers; ++i) finite = finite && is_finite(q[i]);
       finite = __all_sync(all_lanes, finite) != 0;  // if not, integers are made of zeros
-      if (head.channel_offset != nullptr)
-        for (int i = 0; i < registers; ++i) offset = fmaf(q[i], head.channel_offset[channel[i]], offset);
+      for (int i = 0; i < registers; ++i) offset = fmaf(q[i], own.offset[i], offset);
       if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
       float largest = 0.0f;
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
         const int c = lane_id() + 32 * i;
-        if constexpr (i == 0)
-          for (int l = 0; l < spec.leading; ++l)
-            if (c == l) storage.leading[l][row] = factor * q[0] * head.leading_scale[l];
-        const int width = mma_key_scores::template width_of<i>();
-        q[i] = finite && width > 0 && c >= spec.leading ? q[i] * column_of(head, width, c) : 0.0f;
+        if (i == 0 && c < spec.leading) storage.leading[c][row] = factor * q[0] * own.leading;
+        const int width = head_values::template width_of<i>();
+        q[i] = finite && width > 0 && c >= spec.leading ? q[i] * own.column[i] : 0.0f;
         largest = fmaxf(largest, fabsf(q[i]));
       });
       offset = warp_sum(offset);
@@ -79,7 +71,7 @@ class mma_key_scores {
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
         const int c = lane_id() + 32 * i, x = static_cast<int>(rintf(q[i] * scale)), high = (x + 128) >> 8;
-        middle += x * ((1 << mma_key_scores::template width_of<i>()) - 1);
+        middle += x * ((1 << head_values::template width_of<i>()) - 1);
         storage.bytes[0][row][c] = static_cast<std::uint8_t>(high);
         storage.bytes[1][row][c] = static_cast<std::uint8_t>(x - 256 * high);
       });
@@ -200,14 +192,6 @@ class mma_key_scores {
         s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), offset_[i]);
       }
     });
-  }
-
-  /// Width of channel lane + 32 * Part.
-  template <int Part>
-  __device__ static int width_of() {
-    constexpr int low = spec.strips.width[32 * Part / spec.strips.channels];
-    constexpr int high = spec.strips.width[(32 * Part + 16) / spec.strips.channels];
-    return detail::lane_id() < 16 ? low : high;
   }
 
   template <int Strip>

@@ -10,6 +10,7 @@
 #include <packkv/detail/matrix.cuh>
 #include <packkv/detail/unroll.hpp>
 #include <packkv/thread/unpack.cuh>
+#include <packkv/warp/lane_parameters.cuh>
 #include <packkv/warp/score_columns.cuh>
 #include <packkv/warp/transform.cuh>
 
@@ -140,14 +141,14 @@ class mma_value_sum {
   /// up to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
   template <class Sink>
   __device__ static void finish(const head_parameters& head, float (&y)[dim / 32], float weight, Sink&& sink) {
+    const auto own = lane_parameters<Codec>::load(head);
     detail::for_constants<dim / 32>([&](auto index) {
-      constexpr int i = decltype(index)::value, low = spec.strips.width[2 * i], high = spec.strips.width[2 * i + 1];
-      const bool upper = detail::lane_id() >= 16;
-      if constexpr (low > 0 || high > 0)  // sums of channels without codes are 0
-        y[i] *= detail::column_of(head, upper ? high : low, detail::lane_id() + 32 * i);
+      constexpr int i = decltype(index)::value;
+      if constexpr (spec.strips.width[2 * i] > 0 || spec.strips.width[2 * i + 1] > 0)
+        y[i] *= own.column[i];  // sums of channels without codes are 0
     });
-    store_inverse<dim>(spec.transform, head.permutation, y,
-                       [&](int c, float x) { sink(c, fmaf(weight, head.offset(c), x)); });
+    if (spec.transform == transform_kind::hadamard) hadamard<dim>(y);
+    for (int i = 0; i < dim / 32; ++i) sink(own.channel[i], fmaf(weight, own.offset[i], y[i]));
   }
 
  private:
