@@ -53,9 +53,10 @@ struct part_merge {
   }
 
   /// Joins `count` parts that other blocks have written, part(i) in global memory, into `to` in shared memory, with
-  /// scratch memory beside it: at most max_parts. The caller synchronises the block before and after.
-  template <class Part>
-  __device__ static void join_blocks(int count, Part&& part, float* scratch, float* to) {
+  /// scratch memory beside it: at most max_parts. meanwhile() runs while the first of them arrive. The caller
+  /// synchronises the block before and after.
+  template <class Part, class Meanwhile>
+  __device__ static void join_blocks(int count, Part&& part, Meanwhile&& meanwhile, float* scratch, float* to) {
     float* const sums = scratch;                   // [slices][Rows * HeadDim]
     float* const factors = scratch + threads * 4;  // [Rows][count]
     // Four channels a thread; as many slices of the parts as there are threads for. The first loads start at once.
@@ -69,6 +70,7 @@ struct part_merge {
 #pragma unroll
     for (int i = 0; i < ahead; ++i)
       if (slice < slices && slice + i * slices < count) early[i] = channels(slice + i * slices, first);
+    meanwhile();
 
     for (int row = detail::warp_id(); row < Rows; row += Warps) {
       const auto read = [&](int p, int at) { return detail::load_fresh(part(p) + row * row_floats + at); };

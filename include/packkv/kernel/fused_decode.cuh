@@ -254,6 +254,8 @@ class fused_block {
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish() {
+    // Needed last; they arrive meanwhile.
+    const auto own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
     const owners o = storage_.owner;
     const int here = static_cast<int>(blockIdx.x);
     bool raw = storage_.tail && unit_.has_raw();
@@ -269,22 +271,23 @@ class fused_block {
       if (!block::last_to_arrive(a_.counters + o.first, others, storage_.last)) return;
       raw = unit_.has_raw();
       merge::join_blocks(
-          o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); }, parts_,
-          coded_);
-      if (raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_);
+          o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); },
+          [&] {
+            if (raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_);
+          },
+          parts_, coded_);
       __syncthreads();
     }
-    write(raw);
+    write(raw, own);
   }
   /// Moves coded rows into the original basis, adds the 16-bit tokens, and stores output and log-sum-exp.
-  __device__ void write(bool raw) {
+  __device__ void write(bool raw, const typename values::head_values& own) {
     using namespace packkv::detail;
-    const head_parameters head = of_head(Format::value(), a_.value, unit_.head);
     for (int r = warp_id(); r < unit_.rows; r += warps) {
       auto row = merge::read_row(coded_, r);
       float* const scratch = coded_ + r * merge::row_floats;
       __syncwarp();
-      values::finish(head, row.channel, row.sum, [&](int c, float x) { scratch[c] = x; });
+      values::finish(own, row.channel, row.sum, [&](int c, float x) { scratch[c] = x; });
       __syncwarp();
       for (int i = 0; i < value_dim / 32; ++i) row.channel[i] = scratch[lane_id() + 32 * i];
       if (raw) row.join(merge::read_row(raw_, r));

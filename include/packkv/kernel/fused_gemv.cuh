@@ -210,7 +210,7 @@ class value_gemv_block {
     if (others > 0) {
       if (!block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last)) return;
       merge::join_blocks(
-          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, parts_, joined_);
+          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, [] {}, parts_, joined_);
     }
     __syncthreads();
     write(piece);

@@ -137,11 +137,13 @@ class mma_value_sum {
     });
   }
 
+  using head_values = lane_parameters<Codec>;
+
   /// Applies columns, inverse basis and offset to one finished row (lane l: channels l, l + 32, ...) whose weights add
-  /// up to `weight`, and hands sink(channel, value) the result in the original basis. All lanes take part.
+  /// up to `weight`, and hands sink(channel, value) the result in the original basis. `own` is what the lane needs of
+  /// the head's parameters. All lanes take part.
   template <class Sink>
-  __device__ static void finish(const head_parameters& head, float (&y)[dim / 32], float weight, Sink&& sink) {
-    const auto own = lane_parameters<Codec>::load(head);
+  __device__ static void finish(const head_values& own, float (&y)[dim / 32], float weight, Sink&& sink) {
     detail::for_constants<dim / 32>([&](auto index) {
       constexpr int i = decltype(index)::value;
       if constexpr (spec.strips.width[2 * i] > 0 || spec.strips.width[2 * i + 1] > 0)
