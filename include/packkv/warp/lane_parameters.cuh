@@ -35,7 +35,7 @@ struct lane_parameters {
         constexpr int i = decltype(index)::value;
         own.column[i] = gaussian_step(lane_parameters::template width_of<i>());
       });
-    if (spec.leading > 0 && lane < spec.leading) own.leading = head.leading_scale[lane];
+    if (lane < spec.leading) own.leading = head.leading_scale[lane];
     if (head.channel_offset != nullptr)
       for (int i = 0; i < count; ++i) own.offset[i] = head.channel_offset[own.channel[i]];
     return own;
