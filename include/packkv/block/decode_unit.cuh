@@ -64,7 +64,6 @@ struct decode_sequence {
     view = detail::make_visibility(call.cache, call.options, b, length, flags);
     first_position = (call.options.context_lens != nullptr ? call.options.context_lens[b] : length) - count;
     token_range seen = {};
-#pragma unroll 1  // the code is long, and most calls have one query
     for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
       const token_range of_query = coded_range(view, first_position + i);
       seen = {i == 0 ? of_query.begin : seen.begin, of_query.end};
