@@ -59,7 +59,8 @@ class mma_key_scores {
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
         const int c = lane_id() + 32 * i;
-        if (i == 0 && c < spec.leading) storage.leading[c][row] = factor * q[0] * own.leading;
+        if constexpr (i == 0 && spec.leading > 0)
+          if (c < spec.leading) storage.leading[c][row] = factor * q[0] * own.leading;
         const int width = head_values::template width_of<i>();
         q[i] = finite && width > 0 && c >= spec.leading ? q[i] * own.column[i] : 0.0f;
         largest = fmaxf(largest, fabsf(q[i]));
