@@ -4,10 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <regex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,13 +25,13 @@ struct half_array {
 inline half_array read_npy(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  std::smatch shape;
   const std::string head = bytes.substr(0, 256);
-  if (!std::regex_search(head, shape, std::regex("'<f2'.*\\((\\d+), (\\d+), (\\d+)\\)")))
-    throw std::runtime_error("no float16 array of three dimensions: " + path);
+  const std::size_t shape = head.find("'shape': (");
   half_array a;
-  std::size_t count = 1;
-  for (std::size_t i = 0; i < 3; ++i) count *= a.extent[i] = std::stoul(shape[static_cast<int>(i) + 1]);
+  if (head.find("'<f2'") == std::string::npos || shape == std::string::npos ||
+      std::sscanf(head.c_str() + shape, "'shape': (%zu, %zu, %zu)", &a.extent[0], &a.extent[1], &a.extent[2]) != 3)
+    throw std::runtime_error("no float16 array of three dimensions: " + path);
+  const std::size_t count = a.extent[0] * a.extent[1] * a.extent[2];
   if (bytes.size() < 2 * count + 10) throw std::runtime_error("too short: " + path);
   a.bits.resize(count);
   std::memcpy(a.bits.data(), bytes.data() + bytes.size() - 2 * count, 2 * count);
