@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Numerics of the fused decode kernel: NaN, zeros, extremes of scales and scores, and its error on a real cache.
-#include <fstream>
-#include <iterator>
-
+#include "../support/npy.hpp"
 #include "fused_problem.hpp"
 
 using namespace packkv_test;
@@ -40,14 +38,8 @@ constexpr auto same = [](auto, auto, float x) { return x; };
 constexpr auto ones = [](auto, auto, float) { return 1.0f; };
 constexpr auto zeros = [](auto, auto, float) { return 0.0f; };
 
-/// Elements of a .npy file of float16 in C order.
-std::vector<std::uint16_t> read_sample(const std::string& name, std::size_t count) {
-  std::ifstream file(std::string(PACKKV_TEST_DATA) + "/../../examples/data/sample/" + name, std::ios::binary);
-  const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  if (bytes.size() < count * 2 + 10 || bytes.compare(1, 5, "NUMPY") != 0) throw std::runtime_error("no sample " + name);
-  std::vector<std::uint16_t> elements(count);
-  std::memcpy(elements.data(), bytes.data() + bytes.size() - count * 2, count * 2);
-  return elements;
+half_array read_sample(const std::string& name) {
+  return read_npy(std::string(PACKKV_TEST_DATA) + "/../../examples/data/sample/" + name);
 }
 
 /// Mean and largest error of the kernel beside attention in double on the same codes, over the sample's last queries.
@@ -57,13 +49,13 @@ void check_sample(int splits) {
   constexpr int queries = repeats > 1 ? all_queries : 2;
   random_source random(1);
   test_cache<Format> cache(random, cache_shape{1, kv_heads, tokens, 4, pk::dtype::float16}, Format{});
-  const auto take = [](tensor_data& to, const std::string& name, std::size_t rows) {
-    const auto from = read_sample(name, rows * dim);
+  const auto take = [](tensor_data& to, const std::string& name) {
+    const half_array from = read_sample(name);
     std::size_t next = 0;
-    change(to, [&](auto, auto, auto, auto, float) { return pk::half_to_float(from[next++]); });
+    change(to, [&](auto, auto, auto, auto, float) { return pk::half_to_float(from.bits[next++]); });
   };
-  take(cache.keys, "k.npy", std::size_t{kv_heads} * tokens);
-  take(cache.values, "v.npy", std::size_t{kv_heads} * tokens);
+  take(cache.keys, "k.npy");
+  take(cache.values, "v.npy");
   cache.key_data.columns.clear();
   cache.value_data.columns.clear();
   if (Format::key().transform == pk::transform_kind::identity)  // static scales of channels, as calibration gives them
@@ -86,23 +78,14 @@ void check_sample(int splits) {
   cache.key_data.device_offset = device_array<float>();
   cache.value_data.device_offset = device_array<float>();
   auto problem = plain_problem(random, cache, query_heads / kv_heads, queries);
-  const auto from = read_sample("q.npy", std::size_t{query_heads} * all_queries * dim);
+  const half_array from = read_sample("q.npy");
   change(problem.queries, [&](auto, auto i, auto h, auto c, float) {
-    return pk::half_to_float(from[static_cast<std::size_t>((h * all_queries + all_queries - queries + i) * dim + c)]);
+    return pk::half_to_float(
+        from.bits[static_cast<std::size_t>((h * all_queries + all_queries - queries + i) * dim + c)]);
   });
   problem.options.splits = splits;
   const auto expected = problem.reference(), got = problem.device();
-  double mean = 0.0, worst = 0.0;
-  for (std::size_t row = 0; row < got.lse.size(); ++row) {
-    double difference = 0.0, norm = 0.0;
-    for (std::size_t i = row * dim; i < (row + 1) * dim; ++i) {
-      difference += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2);
-      norm += std::pow(static_cast<double>(expected.out[i]), 2);
-    }
-    const double error = std::sqrt(difference / norm);
-    mean += error / static_cast<double>(got.lse.size());
-    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
-  }
+  const auto [mean, worst] = errors_of_rows(got, expected, dim);
   INFO("splits " << splits << ", mean " << mean << ", worst " << worst);
   CHECK(mean <= 1e-3);
   CHECK(worst <= 3e-2);

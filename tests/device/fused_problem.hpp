@@ -32,8 +32,8 @@ constexpr double fused_tolerance() {
     fine = fine || width == 8;
     if (width > 0) least = width < least ? width : least;
   }
-  // In proportion to the largest step: 1.596 of 1 bit, 0.996 of 2. Measured with 8 bits beside 2 at head dim 512: 2.4e-3,
-  // with 2 bits everywhere 2.5e-4.
+  // In proportion to the largest step: 1.596 of 1 bit, 0.996 of 2. Measured with 8 bits beside 2 at head dim
+  // 512: 2.4e-3, with 2 bits everywhere 2.5e-4.
   return !fine || least > 2 ? 2e-3 : least == 1 ? 6e-3 : 4e-3;
 }
 
@@ -55,6 +55,26 @@ void check_rows(const Result& got, const Result& expected, double tolerance = fu
   }
   CHECK(worst < tolerance);
   CHECK(worst_lse_error(got.lse, expected.lse) < tolerance);
+}
+
+struct row_errors {
+  double mean = 0.0, worst = 0.0;
+};
+/// Of rows of `dim` values, each relative to its norm.
+template <class Result>
+row_errors errors_of_rows(const Result& got, const Result& expected, std::size_t dim) {
+  row_errors e;
+  for (std::size_t row = 0; row < got.lse.size(); ++row) {
+    double difference = 0.0, norm = 0.0;
+    for (std::size_t i = row * dim; i < (row + 1) * dim; ++i) {
+      difference += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2);
+      norm += std::pow(static_cast<double>(expected.out[i]), 2);
+    }
+    const double error = std::sqrt(difference / norm);
+    e.mean += error / static_cast<double>(got.lse.size());
+    e.worst = std::isnan(error) ? INFINITY : std::max(e.worst, error);
+  }
+  return e;
 }
 
 /// One random call of a format.

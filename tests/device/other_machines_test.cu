@@ -27,14 +27,12 @@ void check_call(random_source& random, int group) {
   decode_problem<Format> problem(random, cache, group, 4);
   INFO("head dim " << Format::key_head_dim << ", group " << group << ", " << SharedKib << " KiB");
   const auto expected = problem.reference();
-  const auto got = problem.device([](auto&&... arguments) {
-    const auto call = [](const auto& queries, const std::int32_t* starts, const auto& view, const auto& parameters,
-                         const auto& out, const auto& lse, const auto& options, const auto& e) {
-      return pk::detail::decode_fused<Format, Engine, SharedKib>(queries, starts, view, parameters, out, lse, options,
-                                                                 pk::block::plain_scores{}, e);
-    };
-    return call(arguments...);
-  });
+  const auto got =
+      problem.device([](const auto& queries, const std::int32_t* starts, const auto& view, const auto& parameters,
+                        const auto& out, const auto& lse, const auto& options, const pk::exec& e) {
+        return pk::detail::decode_fused<Format, Engine, SharedKib>(queries, starts, view, parameters, out, lse, options,
+                                                                   pk::block::plain_scores{}, e);
+      });
   check_rows<Format>(got, expected);
   CHECK(cache.gpu_report().flags == cache.report.flags);
 }

@@ -95,13 +95,8 @@ struct layer {
   int window;
 };
 
-struct errors {
-  double mean = 0.0, worst = 0.0;
-};
-
 template <class Format>
-errors errors_of(const layer& l, bool centred, int query_len) {
-  constexpr auto dim = static_cast<std::size_t>(Format::value_head_dim);
+row_errors errors_of(const layer& l, bool centred, int query_len) {
   const half_array k = read_npy(l.stem + "k.npy"), v = read_npy(l.stem + "v.npy"), q = read_npy(l.stem + "q.npy");
   const auto kv_heads = static_cast<int>(k.extent[0]), tokens = static_cast<int>(k.extent[1]);
   const auto query_heads = static_cast<int>(q.extent[0]);
@@ -122,18 +117,7 @@ errors errors_of(const layer& l, bool centred, int query_len) {
   problem.options.softmax_scale = l.scale;
   problem.options.window = l.window;
   const auto expected = problem.reference(), got = problem.device();
-  errors e;
-  for (std::size_t row = 0; row < got.lse.size(); ++row) {
-    double difference = 0.0, norm = 0.0;
-    for (std::size_t i = row * dim; i < (row + 1) * dim; ++i) {
-      difference += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2);
-      norm += std::pow(static_cast<double>(expected.out[i]), 2);
-    }
-    const double error = std::sqrt(difference / norm);
-    e.mean += error / static_cast<double>(got.lse.size());
-    e.worst = std::isnan(error) ? INFINITY : std::max(e.worst, error);
-  }
-  return e;
+  return errors_of_rows(got, expected, static_cast<std::size_t>(Format::value_head_dim));
 }
 
 /// Means of all layers so far, of K as it is.
@@ -146,10 +130,10 @@ template <int Dim, int Bits>
 void check_layer(const layer& l, summary& all) {
   using format = typename real_format<Dim, Bits>::type;
   for (const bool centred : {false, true}) {
-    const errors several = errors_of<format>(l, centred, 16), one = errors_of<format>(l, centred, 1);
+    const row_errors several = errors_of<format>(l, centred, 16), one = errors_of<format>(l, centred, 1);
     std::printf("%s %d bits%s: 16 queries mean %.1e, worst %.1e; the last alone mean %.1e, worst %.1e\n",
                 l.stem.c_str(), Bits, centred ? ", K centred" : "", several.mean, several.worst, one.mean, one.worst);
-    for (const errors& e : {several, one}) {
+    for (const row_errors& e : {several, one}) {
       INFO(l.stem << ", " << Bits << " bits, mean " << e.mean << ", worst " << e.worst);
       CHECK(e.worst <= 3e-2);
       // Where K has channels far from 0 and they are not subtracted, 16 bits are few for a query (docs/numerics.md).

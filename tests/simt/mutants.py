@@ -12,8 +12,9 @@ What is mutated: the table `rules`, which goes by the names of functions, and co
 alone: what the compiler must know (constexpr, static_assert, template arguments), and preprocessor branches for the
 executor or for the device only. A mutant's name is file:line:class:line of code with {before => after}.
 
-mutant_survivors.txt lists the survivors with a reason, without their line numbers; those run in the first order alone. Exit status: 0 only if at least 90 %
-are caught, every survivor is listed and every listed one has survived (those listed as out of bounds need not).
+mutant_survivors.txt lists the survivors with a reason, without their line numbers; those run in the first order
+alone. Exit status: 0 only if at least 90 % are caught, every survivor is listed and every listed one has survived
+(those listed as out of bounds need not).
 """
 import argparse
 import collections
@@ -570,7 +571,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cxx", default="g++")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--schedules", default="in_order,random:1", 
+    parser.add_argument("--schedules", default="in_order,random:1",
                         help="the later ones for what survives the earlier and is not listed")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     parser.add_argument("--only", metavar="REGEX", help="of the mutants' names")

@@ -97,13 +97,15 @@ inline std::int32_t raw_items_of(const cache_view& cache, const attention_option
   return policy::raw_cost((sinks ? cache.sinks.keys.extent[2] : 0) +
                           (ring ? std::int64_t{cache.ring.window} + options.max_query_len : 0));
 }
+/// Of `rows` query rows (GEMV: query heads) per KV head. 0: not even one.
 template <int Rows>
 std::int32_t sequences_per_launch(const cache_view& cache, std::int64_t rows, std::int32_t raw_items) {
   return block::max_launch_sequences(ceil_div<std::int64_t>(rows, Rows) * cache.pages.kv_heads,
                                      ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), raw_items);
 }
 inline status too_much_work() {
-  return refuse(status_code::overflow, "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows");
+  return refuse(status_code::overflow,
+                "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows or heads");
 }
 inline status no_decode_fits() {
   return refuse(status_code::unsupported, "no block of the decode kernel fits into the shared memory of this GPU");

@@ -99,8 +99,9 @@ status plan_decode(const input_view<3>& queries, const std::int32_t* query_start
   plan = {};
   if (query_start_loc == nullptr) return refuse(status_code::invalid_argument, "query_start_loc must not be null");
   if (cache.batch < 0 || cache.max_seq_len < 0 || cache.max_seq_len > detail::max_count - 2 * tile_tokens ||
-      cache.pages.kv_heads <= 0 || queries.extent[1] <= 0 || queries.extent[1] % cache.pages.kv_heads != 0 ||
-      options.max_query_len <= 0 || options.splits < 0 || options.position_stride <= 0)
+      cache.pages.kv_heads <= 0 || queries.extent[1] <= 0 || queries.extent[1] > detail::max_count ||
+      queries.extent[1] % cache.pages.kv_heads != 0 || options.max_query_len <= 0 || options.splits < 0 ||
+      options.position_stride <= 0)
     return refuse(status_code::invalid_argument, "batch, lengths, heads, splits or position stride out of range");
   block::decode_call call{};
   call.cache = cache;

@@ -65,12 +65,8 @@ checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t
 template <int Rows, class Launch>
 status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
   const cache_view& cache = args.call.cache;
-  const std::int32_t most =
-      block::max_launch_sequences(ceil_div<std::int64_t>(args.call.group, Rows) * cache.pages.kv_heads,
-                                  ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), 0);
-  if (most == 0)
-    return refuse(status_code::overflow,
-                  "2^31 or more units of work of a sequence: max_seq_len x KV heads x query heads");
+  const std::int32_t most = sequences_per_launch<Rows>(cache, args.call.group, 0);
+  if (most == 0) return too_much_work();
   for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.call.first_sequence = first;
     args.call.sequences = min_of(most, cache.batch - first);
