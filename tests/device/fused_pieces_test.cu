@@ -61,6 +61,47 @@ __global__ void share_work(const pk::block::sequence_cost* costs, int batch, std
   }
 }
 
+/// What threads of a launch of one sequence work out without meeting, and what is left in shared memory.
+struct one_known {
+  pk::block::sequence_items::split split[2];
+  std::int32_t begin[2];
+};
+__global__ void share_one(const pk::block::sequence_cost cost, std::int32_t blocks, one_known* out) {
+  __shared__ pk::block::sequence_items items;
+  const pk::block::sequence_items::split own = items.build_one(cost, blocks, threadIdx.x == 0);
+  __syncthreads();
+  if (threadIdx.x != threads - 1) return;
+  const pk::block::sequence_items::split left = {items.shares, items.units};
+  out->split[0] = own;
+  out->split[1] = left;
+  for (int i = 0; i < 2; ++i) {
+    const std::int32_t begin = items.begin[i];
+    out->begin[i] = begin;
+  }
+}
+/// It is what build() says of a batch of one.
+void check_one(const pk::block::sequence_cost& cost, std::int32_t blocks) {
+  const device_array<pk::block::sequence_cost> device_cost(std::vector<pk::block::sequence_cost>{cost});
+  device_array<known_work> many(1);
+  device_array<one_known> one(1);
+  many.poison();
+  one.poison();
+  REQUIRE(pk::detail::launch(share_work<threads>, dim3(1), threads, cudaStream_t{}, device_cost.data(), 1, blocks,
+                             many.data()));
+  REQUIRE(pk::detail::launch(share_one, dim3(1), threads, cudaStream_t{}, cost, blocks, one.data()));
+  const known_work m = many.host()[0];
+  const one_known o = one.host()[0];
+  INFO(cost.units << " units, " << cost.tiles << " tiles, raw " << cost.raw << ", blocks " << blocks);
+  CHECK(o.begin[0] == 0);
+  CHECK(o.begin[1] == m.begin[1]);
+  for (const auto& s : o.split) {
+    CHECK(s.shares.blocks() == m.shares);
+    CHECK(s.units.aligned == m.aligned);
+    for (const std::int32_t i : {0, std::min(1, m.shares), m.shares})
+      CHECK(s.shares.begin(i) == m.share_begin[i == m.shares ? samples : i]);
+  }
+}
+
 /// The first item of a share by its definition.
 std::int64_t expected_begin(std::int64_t total, std::int64_t shares, std::int64_t i) {
   return total / shares * i + std::min(i, total % shares);
@@ -176,6 +217,15 @@ TEST_CASE("as much work as a launch may have is shared as evenly, and more is re
     check_shares({{units, tiles, 30}}, blocks);
     check_shares({{3, tiles, 0}, {0, 5, 0}, {units - 5, tiles - 1, 7}, {1, 0, 20}}, blocks);
     check_shares({{1, tiles, 30}, {2, tiles / 3, 30}}, blocks);
+  }
+}
+
+TEST_CASE("a launch of one sequence is shared like a batch of one, by every thread on its own") {
+  random_source random(8004);
+  for (int round = 0; round < 100; ++round) {
+    const pk::block::sequence_cost cost = {random.one_in(8) ? 0 : random.between(1, 40), random.between(0, 3000),
+                                           random.one_in(2) ? 0 : random.between(4, 60)};
+    for (const int blocks : {1, 16, 132, 264}) check_one(cost, blocks);
   }
 }
 

@@ -39,8 +39,7 @@ void check_call(random_source& random, int group) {
 
 template <class Format>
 int rows_of_pass(int shared_kib) {
-  return pk::detail::fitting_rows(16, shared_kib, pk::kernel::fused_shape<Format, 4>,
-                                  pk::kernel::fused_shape<Format, 8>, pk::kernel::fused_shape<Format, 16>);
+  return pk::detail::fitting_decode_rows<Format>(16, shared_kib);
 }
 
 }  // namespace
@@ -68,6 +67,15 @@ TEST_CASE("a pass takes as many query rows as fit into the shared memory, and ev
     CHECK(rows_of_pass<two_bit>(kib) == 16);
     CHECK(rows_of_pass<dim_64>(kib) == 16);
   }
+  // Where registers allow it an SM has 16 warps, in one block for few units, else in two.
+  CHECK(pk::policy::fused_blocks_per_sm(132) == 1);
+  CHECK(pk::policy::fused_blocks_per_sm(133) == 2);
+  CHECK(pk::policy::fused_blocks_per_sm(pk::checked(std::int64_t{1} << 62) * 8) == 2);
+  CHECK(pk::kernel::fused_shape<two_bit, 4>(228, 1).warps == 16);
+  CHECK(pk::kernel::fused_shape<two_bit, 4>(228, 2).warps == 8);
+  CHECK(pk::kernel::fused_shape<two_bit, 4>(228, 2).blocks_per_sm == 2);
+  CHECK(pk::kernel::fused_shape<two_bit, 4>(100, 1).warps == 8);
+  CHECK(pk::kernel::fused_shape<two_bit, 8>(228, 2).blocks_per_sm == 1);
   CHECK(rows_of_pass<bytes_512>(228) == 16);
   CHECK(rows_of_pass<bytes_512>(164) == 16);
   CHECK(rows_of_pass<bytes_512>(100) == 4);
@@ -77,5 +85,6 @@ TEST_CASE("a pass takes as many query rows as fit into the shared memory, and ev
   const pk::decode_maxima maxima{3, 2, 32, 1, 1 << 20, 0};
   for (const int kib : {228, 164, 100})
     CHECK(pk::decode_workspace_bytes<two_bit>(maxima) >=
-          pk::detail::fused_blocks<two_bit, 16>(3, 2, 16, 0, kib) * pk::detail::fused_part_bytes<two_bit, 16>);
+          pk::detail::fused_blocks<16>(pk::kernel::fused_shape<two_bit, 16>(kib, 1), 6, 0) *
+              pk::detail::fused_part_bytes<two_bit, 16>);
 }

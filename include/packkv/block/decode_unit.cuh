@@ -49,9 +49,13 @@ struct decode_sequence {
 
  private:
   PACKKV_HOST_DEVICE void find(const decode_call& call, int rows, std::uint32_t& flags) {
+    // Everything is loaded before anything is used: one wait for memory.
     const std::int64_t query_end = call.query_start_loc[b + 1];
     query_begin = call.query_start_loc[b];
+    std::uint32_t of_ring = 0;
     const std::int32_t length = detail::clamp_length(call.cache.seq_lens, b, call.cache.max_seq_len, flags);
+    const std::int64_t context = call.options.context_lens != nullptr ? call.options.context_lens[b] : length;
+    view = detail::make_visibility(call.cache, call.options, b, length, of_ring);
     const std::int64_t count = query_end - query_begin;
     if (query_begin < 0 || count < 0 || query_begin + count > call.queries.extent[0] ||
         count > call.options.max_query_len) {
@@ -59,10 +63,10 @@ struct decode_sequence {
       return;
     }
     if (count == 0) return;
+    flags |= of_ring;
     query_count = static_cast<int>(count);
     chunks = ceil_div(query_count * call.group, rows);
-    view = detail::make_visibility(call.cache, call.options, b, length, flags);
-    first_position = (call.options.context_lens != nullptr ? call.options.context_lens[b] : length) - count;
+    first_position = context - count;
     token_range seen = {};
     for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
       const token_range of_query = coded_range(view, first_position + i);
@@ -70,25 +74,6 @@ struct decode_sequence {
     }
     first_tile = seen.begin / tile_tokens;
     tiles = seen.begin < seen.end ? ceil_div(seen.end, tile_tokens) - first_tile : 0;
-  }
-};
-
-/// Tokens of one row and KV head of an overlay, in 16 bits.
-struct overlay_tokens {
-  const char *key, *value;                ///< of slot 0
-  std::int64_t key_token, value_token;    ///< bytes between tokens
-  std::int64_t key_stride, value_stride;  ///< bytes between channels
-  dtype key_type, value_type;
-
-  __device__ void set(const input_view<4>& k, const input_view<4>& v, std::int64_t row, int head) {
-    key = static_cast<const char*>(detail::address(k, row, head, 0, 0));
-    value = static_cast<const char*>(detail::address(v, row, head, 0, 0));
-    key_token = k.stride[2];
-    value_token = v.stride[2];
-    key_stride = k.stride[3];
-    value_stride = v.stride[3];
-    key_type = k.type;
-    value_type = v.type;
   }
 };
 
@@ -104,14 +89,12 @@ class raw_tokens {
     const cache_view& cache = call.cache;
     sinks_ = view.sinks;
     ring_first_ = view.length;
-    capacity_ = 1;
-    ring_slot_ = 0;
-    if (sinks_ > 0) overlay_[0].set(cache.sinks.keys, cache.sinks.values, b, head);
+    if (sinks_ > 0) set(sink_tokens_, cache.sinks.keys, cache.sinks.values, b, head, 0, sinks_);
     if (view.ring_begin < view.length) {
-      overlay_[1].set(cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head);
       ring_first_ = max_of(max_of(view.ring_begin, view.sinks), token_at(view, first_position - view.ring_window + 1));
-      capacity_ = static_cast<int>(cache.ring.keys.extent[2]);
-      ring_slot_ = ring_first_ % capacity_;
+      const auto capacity = static_cast<int>(cache.ring.keys.extent[2]);
+      set(ring_tokens_, cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head,
+          ring_first_ % capacity, capacity);
     }
     count = sinks_ + max_of(view.length - ring_first_, 0);
   }
@@ -120,32 +103,55 @@ class raw_tokens {
   __device__ void prefetch(int thread, int threads) const {
     constexpr int apart = 64;  // channels in 128 bytes, if they lie together
     for (int i = thread; i < count; i += threads) {
-      const warp::raw_token t = where(i);
-      for (int c = 0; c < KeyDim; c += apart) detail::prefetch(t.key + c * t.key_stride);
-      for (int c = 0; c < ValueDim; c += apart) detail::prefetch(t.value + c * t.value_stride);
+      const bool sink = i < sinks_;
+      const warp::raw_chunk& all = sink ? sink_tokens_ : ring_tokens_;
+      const warp::raw_vector key = all.key_of(sink ? i : i - sinks_), value = all.value_of(sink ? i : i - sinks_);
+      for (int c = 0; c < KeyDim; c += apart) detail::prefetch(key.data + c * key.stride);
+      for (int c = 0; c < ValueDim; c += apart) detail::prefetch(value.data + c * value.stride);
     }
   }
-  __device__ int token(int i) const { return i < sinks_ ? i : ring_first_ + i - sinks_; }
-  __device__ bool seen(const detail::visibility& view, int i, std::int64_t query_position) const {
-    const int t = token(i);
-    return view.visible(t, query_position) && (i < sinks_ || view.in_ring(t, query_position));
+  /// They come in chunks of up to `size`, none of which has both sinks and tokens of the ring.
+  __device__ int chunks(int size) const { return ceil_div(sinks_, size) + ceil_div(count - sinks_, size); }
+  /// Chunk c, of which the first token has number `first` in the sequence.
+  __device__ warp::raw_chunk chunk(int c, int size, int& first) const {
+    const int of_sinks = ceil_div(sinks_, size);
+    const bool sink = c < of_sinks;
+    const int begin = (sink ? c : c - of_sinks) * size;
+    first = sink ? begin : ring_first_ + begin;
+    warp::raw_chunk x = sink ? sink_tokens_ : ring_tokens_;
+    x.slot += begin;
+    x.slot -= x.slot >= x.capacity ? x.capacity : 0;
+    x.count = min_of(size, (sink ? sinks_ : count - sinks_) - begin);
+    return x;
   }
-  __device__ warp::raw_token where(int i) const {
-    const bool sink = i < sinks_;
-    const int ring_slot = ring_slot_ + i - sinks_;
-    const int slot = sink ? i : ring_slot < capacity_ ? ring_slot : ring_slot - capacity_;
-    const overlay_tokens& o = overlay_[sink ? 0 : 1];
-    return {o.key + slot * o.key_token,
-            o.value + slot * o.value_token,
-            o.key_stride,
-            o.value_stride,
-            o.key_type,
-            o.value_type};
+  /// Those of a chunk that begins with token `first` which a query at `query_position` sees.
+  __device__ warp::raw_range seen(const detail::visibility& view, int first, std::int64_t query_position) const {
+    const bool sink = first < sinks_;
+    std::int32_t begin = sink ? 0 : max_of(view.ring_begin, view.sinks), end = sink ? sinks_ : view.length;
+    if (view.kv_begin > 0) begin = max_of(begin, token_at(view, view.kv_begin));
+    if (view.window > 0) begin = max_of(begin, token_at(view, query_position - view.window + 1));
+    if (!sink) begin = max_of(begin, token_at(view, query_position - view.ring_window + 1));
+    if (view.causal) end = min_of(end, token_at(view, query_position + 1));
+    return {begin - first, end - first};
   }
 
  private:
-  overlay_tokens overlay_[2];
-  int sinks_, ring_first_, ring_slot_, capacity_;
+  __device__ static void set(warp::raw_chunk& to, const input_view<4>& k, const input_view<4>& v, std::int64_t row,
+                             int head, int slot, int capacity) {
+    to.key = static_cast<const char*>(detail::address(k, row, head, 0, 0));
+    to.value = static_cast<const char*>(detail::address(v, row, head, 0, 0));
+    to.key_token = k.stride[2];
+    to.value_token = v.stride[2];
+    to.key_stride = k.stride[3];
+    to.value_stride = v.stride[3];
+    to.key_type = k.type;
+    to.value_type = v.type;
+    to.slot = slot;
+    to.capacity = capacity;
+  }
+
+  warp::raw_chunk sink_tokens_, ring_tokens_;  ///< all of them, but for the count
+  int sinks_, ring_first_;
 };
 
 /// A unit of work, in shared memory.
@@ -164,8 +170,10 @@ struct decode_unit {
 
   /// Unit `number` of a sequence. By the whole block; a barrier must follow.
   __device__ void set(const decode_call& call, const decode_sequence& s, int number) {
-    const int kv_head = number / s.chunks, first_row = number % s.chunks * Rows, all = s.query_count * call.group;
-    if (threadIdx.x == 0) {
+    const bool single = s.chunks == 1;
+    const int kv_head = single ? number : number / s.chunks, first_row = single ? 0 : number % s.chunks * Rows,
+              all = s.query_count * call.group;
+    if (threadIdx.x == (blockDim.x > 32 ? 32u : 0u)) {
       view = s.view;
       b = s.b;
       head = kv_head;
@@ -191,13 +199,16 @@ struct decode_unit {
   }
   __device__ bool sees(int row, int token) const { return token >= range[row].begin && token < range[row].end; }
 
+  __device__ warp::raw_vector where(const decode_call& call, int row) const {
+    const input_view<3>& q = call.queries;
+    return {static_cast<const char*>(detail::address(q, query_token[row], query_head[row], 0)), q.stride[2]};
+  }
   /// The bits of the channels index[i] of a query.
   template <int Count>
   __device__ void load_query(const decode_call& call, int row, const int (&index)[Count],
                              std::uint16_t (&bits)[Count]) const {
-    const input_view<3>& q = call.queries;
-    warp::load_16bit(static_cast<const char*>(detail::address(q, query_token[row], query_head[row], 0)), q.stride[2],
-                     index, bits);
+    const warp::raw_vector from = where(call, row);
+    warp::load_16bit(from.data, from.stride, index, bits);
   }
   /// Their values; 0 in rows that do not exist.
   template <int Count>

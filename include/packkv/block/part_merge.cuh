@@ -2,7 +2,7 @@
 // Joins parts of up to 16 query rows: of the warps of a block in shared memory, of blocks in global memory.
 // One idea: a part is Rows rows of HeadDim sums, maximum and weight; parts are joined in a fixed order by all threads,
 // each for channels of its own, so that the result repeats bit for bit.
-//   using merge = part_merge<D, Rows, Warps>;   merge::join_warps(parts, stride, to);   __syncthreads();
+//   using merge = part_merge<D, Rows, Warps>;   merge::join_warps(parts, stride, Warps, to);   __syncthreads();
 #pragma once
 
 #include <packkv/warp/attention_row.cuh>
@@ -29,16 +29,18 @@ struct part_merge {
   static constexpr int maximum_at = HeadDim, sum_at = HeadDim + 1;
   static constexpr int part_floats = Rows * row_floats;
 
-  /// Joins the Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in shared
-  /// or global memory. The caller synchronises the block before and after.
-  __device__ static void join_warps(const float* parts, int stride, float* to) {
+  /// Joins `count` <= Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in
+  /// shared or global memory. The caller synchronises the block before and after.
+  __device__ static void join_warps(const float* parts, int stride, int count, float* to) {
     for (int i = static_cast<int>(threadIdx.x); i < Rows * HeadDim; i += threads) {
       const int row = i / HeadDim, channel = i % HeadDim;
       const float* const from = parts + row * row_floats;
       float maximum = from[maximum_at];
-      for (int w = 1; w < Warps; ++w) maximum = fmaxf(maximum, from[w * stride + maximum_at]);
+      for (int w = 1; w < Warps; ++w)
+        if (w < count) maximum = fmaxf(maximum, from[w * stride + maximum_at]);
       float sum = 0.0f, value = 0.0f;
       for (int w = 0; w < Warps; ++w) {
+        if (w >= count) break;
         const float factor = detail::exp2_fast(from[w * stride + maximum_at] - maximum);
         sum = fmaf(factor, from[w * stride + sum_at], sum);
         value = fmaf(factor, from[w * stride + channel], value);
@@ -53,8 +55,8 @@ struct part_merge {
   }
 
   /// Joins `count` parts that other blocks have written, part(i) in global memory, into `to` in shared memory, with
-  /// scratch memory beside it: at most max_parts. meanwhile() runs while the first of them arrive. The caller
-  /// synchronises the block before and after.
+  /// scratch memory beside it: at most max_parts. meanwhile(thread, count) runs while the first of them arrive, in the
+  /// threads that have nothing else to do, or in all. The caller synchronises the block before and after.
   template <class Part, class Meanwhile>
   __device__ static void join_blocks(int count, Part&& part, Meanwhile&& meanwhile, float* scratch, float* to) {
     float* const sums = scratch;                   // [slices][Rows * HeadDim]
@@ -70,7 +72,9 @@ struct part_merge {
 #pragma unroll
     for (int i = 0; i < ahead; ++i)
       if (slice < slices && slice + i * slices < count) early[i] = channels(slice + i * slices, first);
-    meanwhile();
+    constexpr int idle = Warps > Rows ? Warps - Rows : Warps;
+    if (detail::warp_id() >= Warps - idle)
+      meanwhile(static_cast<int>(threadIdx.x) - (Warps - idle) * detail::warp_threads, idle * detail::warp_threads);
 
     for (int row = detail::warp_id(); row < Rows; row += Warps) {
       const auto read = [&](int p, int at) { return detail::load_fresh(part(p) + row * row_floats + at); };
@@ -119,22 +123,9 @@ struct part_merge {
     }
   }
 
-  /// Stores a row of a warp's part.
-  __device__ static void store_row(float* part, int row, const warp::attention_row<HeadDim>& x) {
-    float* const to = part + row * row_floats;
-    for (int i = 0; i < HeadDim / 32; ++i) to[detail::lane_id() + 32 * i] = x.channel[i];
-    if (detail::lane_id() == 0) {
-      to[maximum_at] = x.maximum;
-      to[sum_at] = x.sum;
-    }
-  }
-  __device__ static void copy(const float* from, float* to) {
-    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads)
-      if (i % row_floats <= sum_at) to[i] = from[i];  // nobody has written the padding
-  }
-  /// From what another block has written.
-  __device__ static void copy_fresh(const float* from, float* to) {
-    for (int i = static_cast<int>(threadIdx.x); i < part_floats; i += threads)
+  /// Copies a part that another block has written. By `count` threads, each with its number.
+  __device__ static void copy_fresh(const float* from, float* to, int thread, int count) {
+    for (int i = thread; i < part_floats; i += count)
       if (i % row_floats <= sum_at) to[i] = detail::load_fresh(from + i);
   }
 

@@ -15,7 +15,7 @@ inline constexpr int max_split_sequences = 256;  ///< sequences of one launch
 /// From so many blocks per unit on, one of them does nothing but the unit's tail.
 inline constexpr int blocks_with_own_tail = 8;
 /// What it costs a block to begin and to end a unit, in tiles.
-inline constexpr std::int32_t unit_cost = 24;
+inline constexpr std::int32_t unit_cost = 28;
 
 /// Sequences that one launch takes, if each has `units` units of at most `tiles` tiles and `raw` for 16-bit tokens:
 /// their items are fewer than 2^31. 0: not even one.
@@ -73,6 +73,7 @@ struct unit_totals {
   std::uint32_t largest, least;  ///< items of a unit
   std::uint32_t raw;             ///< the most that 16-bit tokens of a unit cost
 
+  PACKKV_HOST_DEVICE static unit_totals none() { return {0, 0, 0, 0xffffffffu, 0}; }
   PACKKV_HOST_DEVICE void add(const sequence_cost& c) {
     if (c.units == 0) return;
     const auto each = static_cast<std::uint32_t>(c.tiles + c.raw);
@@ -107,7 +108,7 @@ PACKKV_HOST_DEVICE inline unit_alignment align_units(const unit_totals& all, std
   unit_alignment a = {0, false};
   const bool uniform = all.least == all.largest;
   const auto units = static_cast<std::int32_t>(all.units);
-  if (units == 0 || units > blocks / (uniform ? 1 : 8)) return a;
+  if (units == 0 || units > (uniform ? blocks : blocks / 8)) return a;
   std::int32_t each = quotient(blocks, units).whole;
   auto items = static_cast<std::int32_t>(all.largest);
   a.own_tail = all.raw > 0 && each >= blocks_with_own_tail;
@@ -162,6 +163,29 @@ struct sequence_items {
     }
   }
 
+  struct split {
+    even_shares shares;
+    unit_alignment units;
+  };
+  /// The same for one sequence. Every thread that comes here gets the split; after a barrier it is here, too, by the
+  /// one that `writes`.
+  __device__ split build_one(const sequence_cost& c, std::int32_t blocks, bool writes) {
+    unit_totals all = unit_totals::none();
+    all.add(c);
+    split s;
+    s.units = align_units(all, blocks);
+    const std::int32_t total = c.units * s.units.items_of(c);
+    s.shares = s.units.shares(total, blocks);
+    if (writes) {
+      begin[0] = 0;
+      begin[1] = total;
+      cost[0] = c;
+      units = s.units;
+      shares = s.shares;
+    }
+    return s;
+  }
+
   /// The sequence that has an item.
   __device__ int owner(int batch, std::int32_t item) const {
     int low = 0, high = batch;  // begin[low] <= item < begin[high]
@@ -179,7 +203,7 @@ struct sequence_items {
  private:
   /// By warp 0; in its first lane where there is one sequence, else in all.
   __device__ unit_totals totals(int batch) const {
-    unit_totals all = {0, 0, 0, 0xffffffffu, 0};
+    unit_totals all = unit_totals::none();
 #pragma unroll 1
     for (int b = detail::lane_id(); b < batch; b += detail::warp_threads) all.add(cost[b]);
     if (batch > 1) {

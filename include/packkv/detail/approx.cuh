@@ -74,6 +74,43 @@ __device__ inline two_floats unpack_halves(std::uint32_t x) {
   return y;
 #endif
 }
+/// The same for halves or bfloat16.
+template <bool BFloat>
+__device__ inline std::uint32_t pack_16bit(float low, float high) {
+  if constexpr (!BFloat) {
+    return pack_halves(low, high);
+  } else {
+#if defined(PACKKV_SIMT_EXECUTOR)
+    return float_to_bfloat16(low) | std::uint32_t{float_to_bfloat16(high)} << 16;
+#else
+    std::uint32_t x;
+    asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+#endif
+  }
+}
+template <bool BFloat>
+__device__ inline two_floats unpack_16bit(std::uint32_t x) {
+  if constexpr (BFloat)
+    return {bit_cast<float>(x << 16), bit_cast<float>(x & 0xffff0000u)};
+  else
+    return unpack_halves(x);
+}
+/// 0 * x + sum for each half, halves or bfloat16: 0 as long as every x is finite, and NaN from then on.
+template <bool BFloat>
+__device__ inline std::uint32_t add_zero_times(std::uint32_t x, std::uint32_t sum) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats a = unpack_16bit<BFloat>(x), b = unpack_16bit<BFloat>(sum);
+  return pack_16bit<BFloat>(0.0f * a.low + b.low, 0.0f * a.high + b.high);
+#else
+  std::uint32_t y;
+  if constexpr (BFloat)
+    asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(y) : "r"(x), "r"(0u), "r"(sum));
+  else
+    asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(y) : "r"(x), "r"(0u), "r"(sum));
+  return y;
+#endif
+}
 /// The smaller of two numbers, for each half; a number beats NaN.
 __device__ inline std::uint32_t smaller_halves(std::uint32_t a, std::uint32_t b) {
 #if defined(PACKKV_SIMT_EXECUTOR)

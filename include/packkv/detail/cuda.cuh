@@ -160,8 +160,20 @@ __device__ inline std::uint8_t* dynamic_shared() {
 /// Threads and bytes of dynamic shared memory of a block.
 struct block_size {
   int threads, shared_bytes;
-  block_size(int threads_, int shared_bytes_ = 0) : threads(threads_), shared_bytes(shared_bytes_) {}
+  bool early;  ///< the kernel may begin while the one before in the stream ends: see wait_for_kernel_before
+  block_size(int threads_, int shared_bytes_ = 0, bool early_ = false)
+      : threads(threads_), shared_bytes(shared_bytes_), early(early_) {}
 };
+
+/// Waits until the kernel before in the stream has ended and all can see what it has written, and lets the next one
+/// begin to do the same. A kernel that is launched early (programmatic dependent launch, sm_90 and later) touches
+/// nothing but its parameters and shared memory before.
+__device__ inline void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(PACKKV_SIMT_EXECUTOR)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 /// Launches a kernel; a refusal of the runtime becomes a status. Never synchronises.
 template <class... Parameter>
@@ -179,7 +191,17 @@ inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, 
   cudaError_t error = cudaSuccess;
   if (block.shared_bytes > 0)  // with the kernel's own, perhaps more than every kernel may have unasked
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, block.shared_bytes);
-  if (error == cudaSuccess) error = cudaLaunchKernel(function, grid, threads, pointers, shared_bytes, stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = block.early ? 1 : 0;
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, pointers);
 #endif
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();

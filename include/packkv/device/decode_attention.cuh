@@ -79,15 +79,28 @@ constexpr int fitting_rows(int rows, int shared_kib, Shape4 four, Shape8 eight, 
   return four(shared_kib).fits() ? 4 : 0;
 }
 
-/// Blocks of a launch over `batch` sequences.
-template <class Format, int Rows>
-std::int64_t fused_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits,
-                          int shared_kib) {
-  const auto shape = kernel::fused_shape<Format, Rows>(shared_kib);
+/// The same for the decode kernel.
+template <class Format>
+constexpr int fitting_decode_rows(int rows, int shared_kib) {
+  return fitting_rows(
+      rows, shared_kib, [](int kib) { return kernel::fused_shape<Format, 4>(kib, 1); },
+      [](int kib) { return kernel::fused_shape<Format, 8>(kib, 1); },
+      [](int kib) { return kernel::fused_shape<Format, 16>(kib, 1); });
+}
+
+/// Units of a launch over at most `batch` sequences with at most `rows` query rows per KV head.
+template <int Rows>
+checked fused_units(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows) {
+  return checked(min_of<std::int64_t>(batch, block::max_split_sequences)) * kv_heads *
+         ceil_div<std::int64_t>(rows, Rows);
+}
+/// Blocks of a launch.
+template <int Rows>
+std::int64_t fused_blocks(const policy::fused_block_shape& shape, checked units, std::int32_t splits) {
   if (!shape.fits()) return 0;
   if (splits == 0) return policy::fused_blocks(shape);
   const std::int64_t most = kernel::max_fused_blocks<Rows>(shape);
-  const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(rows, Rows) * splits;
+  const checked wanted = units * splits;
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
 
@@ -111,26 +124,28 @@ inline status no_decode_fits() {
   return refuse(status_code::unsupported, "no block of the decode kernel fits into the shared memory of this GPU");
 }
 
-template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, class Variant>
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, int BlocksPerSm, class Variant>
 status launch_fused(kernel::fused_args args, std::int64_t rows, int shared_kib, const exec& e, const Variant& variant) {
   const cache_view& cache = args.call.cache;
   const attention_options& options = args.call.options;
   args.raw_items = raw_items_of(cache, options);
   const std::int32_t most = sequences_per_launch<Rows>(cache, rows, args.raw_items);
   if (most == 0) return too_much_work();
-  const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
-  const std::int64_t blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, options.splits, shared_kib);
+  const auto shape = kernel::fused_shape<Format, Rows>(shared_kib, BlocksPerSm);
+  const std::int64_t blocks =
+      fused_blocks<Rows>(shape, fused_units<Rows>(cache.batch, cache.pages.kv_heads, rows), options.splits);
   if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
       !s)
     return s;
   args.counters = static_cast<std::uint32_t*>(e.workspace);
   args.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
-  const auto shape = kernel::fused_shape<Format, Rows>(shared_kib);
+  const bool early = shared_kib == 228;  // as of sm_90
   for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.first_sequence = first;
     args.sequences = min_of(most, cache.batch - first);
-    const status s = launch(kernel::fused_decode<Format, Rows, Engine, Variant, SharedKib>, grid_for(blocks),
-                            block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args, variant);
+    const status s =
+        launch(kernel::fused_decode<Format, Rows, Engine, Variant, SharedKib, BlocksPerSm>, grid_for(blocks),
+               block_size(shape.warps * warp_threads, shape.shared_bytes, early), e.stream, args, variant);
     if (!s) return s;
   }
   return {};
@@ -152,15 +167,19 @@ status launch_fused(const kernel::fused_args& args, const exec& e, const Variant
   if (rows > max_count) return too_much_work();
   int kib = SharedKib;
   if constexpr (SharedKib == 0)
-    if (const status s = compiled_shared_kib(kernel::fused_decode<Format, 4, Engine, Variant, 0>, kib); !s) return s;
-  switch (fitting_rows(policy::fused_rows(rows), kib, kernel::fused_shape<Format, 4>, kernel::fused_shape<Format, 8>,
-                       kernel::fused_shape<Format, 16>)) {
+    if (const status s = compiled_shared_kib(kernel::fused_decode<Format, 4, Engine, Variant, 0, 1>, kib); !s) return s;
+  switch (fitting_decode_rows<Format>(policy::fused_rows(rows), kib)) {
     case 4:
-      return launch_fused<Format, 4, Engine, SharedKib>(args, rows, kib, e, variant);
+      if constexpr (policy::fused_blocks_are_paired(4, Format::value_head_dim)) {
+        const checked units = fused_units<4>(args.call.cache.batch, args.call.cache.pages.kv_heads, rows);
+        if (policy::fused_blocks_per_sm(units) == 2)
+          return launch_fused<Format, 4, Engine, SharedKib, 2>(args, rows, kib, e, variant);
+      }
+      return launch_fused<Format, 4, Engine, SharedKib, 1>(args, rows, kib, e, variant);
     case 8:
-      return launch_fused<Format, 8, Engine, SharedKib>(args, rows, kib, e, variant);
+      return launch_fused<Format, 8, Engine, SharedKib, 1>(args, rows, kib, e, variant);
     case 16:
-      return launch_fused<Format, 16, Engine, SharedKib>(args, rows, kib, e, variant);
+      return launch_fused<Format, 16, Engine, SharedKib, 1>(args, rows, kib, e, variant);
     default:
       return no_decode_fits();
   }
@@ -169,14 +188,18 @@ status launch_fused(const kernel::fused_args& args, const exec& e, const Variant
 /// Whatever GPU it is.
 template <class Format>
 checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows, std::int32_t splits) {
-  batch = min_of<std::int64_t>(batch, block::max_split_sequences);
   std::int64_t most = 0;
+  const auto count = [&](auto rows_of_pass, int kib, int blocks_per_sm) {
+    constexpr int pass = decltype(rows_of_pass)::value;
+    most = max_of(most, fused_blocks<pass>(kernel::fused_shape<Format, pass>(kib, blocks_per_sm),
+                                           fused_units<pass>(batch, kv_heads, rows), splits) *
+                            fused_part_bytes<Format, pass>);
+  };
   for (const int kib : policy::shared_kib_choices) {
-    most = max_of(most, fused_blocks<Format, 4>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 4>);
-    if (rows > 4)
-      most = max_of(most, fused_blocks<Format, 8>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 8>);
-    if (rows > 8)
-      most = max_of(most, fused_blocks<Format, 16>(batch, kv_heads, rows, splits, kib) * fused_part_bytes<Format, 16>);
+    count(std::integral_constant<int, 4>{}, kib, 1);
+    count(std::integral_constant<int, 4>{}, kib, policy::fused_blocks_per_sm(fused_units<4>(batch, kv_heads, rows)));
+    if (rows > 4) count(std::integral_constant<int, 8>{}, kib, 1);
+    if (rows > 8) count(std::integral_constant<int, 16>{}, kib, 1);
   }
   return checked(most) + workspace_counter_bytes;
 }

@@ -37,7 +37,7 @@ void plan_launch(const block::decode_call& call, std::int32_t first, std::int32_
                  decode_plan& plan) {
   std::vector<block::decode_sequence> known;
   std::vector<std::int32_t> begin{0};
-  block::unit_totals all = {0, 0, 0, 0xffffffffu, 0};
+  block::unit_totals all = block::unit_totals::none();
   for (std::int32_t b = 0; b < sequences; ++b) {
     known.emplace_back(call, first + b, Rows, plan.report);
     all.add(known.back().cost(call, raw_items));
@@ -74,10 +74,10 @@ status plan_launches(const block::decode_call& call, std::int64_t rows, int shar
   const std::int32_t raw_items = raw_items_of(cache, call.options);
   const std::int32_t most = sequences_per_launch<Rows>(cache, rows, raw_items);
   if (most == 0) return too_much_work();
-  const std::int64_t batch = min_of<std::int64_t>(cache.batch, block::max_split_sequences);
   plan.query_rows = Rows;
-  plan.shape = kernel::fused_shape<Format, Rows>(shared_kib);
-  plan.blocks = fused_blocks<Format, Rows>(batch, cache.pages.kv_heads, rows, call.options.splits, shared_kib);
+  const checked units = fused_units<Rows>(cache.batch, cache.pages.kv_heads, rows);
+  plan.shape = kernel::fused_shape<Format, Rows>(shared_kib, policy::fused_blocks_per_sm(units));
+  plan.blocks = fused_blocks<Rows>(plan.shape, units, call.options.splits);
   for (std::int32_t first = 0; first < cache.batch; first += most)
     plan_launch<Rows>(call, first, min_of(most, cache.batch - first), raw_items, plan);
   return {};
@@ -112,8 +112,7 @@ status plan_decode(const input_view<3>& queries, const std::int32_t* query_start
   const checked rows = checked(call.group) * options.max_query_len;
   if (!rows.valid() || rows.value() > detail::max_count) return detail::too_much_work();
   status s;
-  switch (detail::fitting_rows(policy::fused_rows(rows.value()), shared_kib, kernel::fused_shape<Format, 4>,
-                               kernel::fused_shape<Format, 8>, kernel::fused_shape<Format, 16>)) {
+  switch (detail::fitting_decode_rows<Format>(policy::fused_rows(rows.value()), shared_kib)) {
     case 4:
       s = detail::plan_launches<Format, 4>(call, rows.value(), shared_kib, plan);
       break;

@@ -35,17 +35,19 @@ struct fused_storage {
   typename warp::mma_key_scores<typename Format::key_codec_type, Rows>::temp_storage queries;
   block::sequence_items items;
   block::decode_unit<Rows> unit;
-  std::int32_t next, unit_end;  ///< items: the block's next, and the end of its unit
+  std::int32_t unit_begin, unit_end;  ///< items
   owners owner;
+  int tiles;               ///< of the unit
   int lo, hi;              ///< tiles of the unit that are this block's
   bool coded, tail, last;  ///< the block has a part of the coded tokens; has the 16-bit tokens
 };
 
-/// How a block is built for SMs that have so much shared memory.
+/// How a block is built for SMs that have so much shared memory, and 1 or 2 blocks an SM if there is a choice.
 template <class Format, int Rows>
-PACKKV_HOST_DEVICE constexpr policy::fused_block_shape fused_shape(int shared_kib) {
+PACKKV_HOST_DEVICE constexpr policy::fused_block_shape fused_shape(int shared_kib, int blocks_per_sm) {
   return policy::make_fused_shape(Format::key_tile_bytes + Format::value_tile_bytes, Rows, Format::value_head_dim,
-                                  static_cast<int>(sizeof(fused_storage<Format, Rows>)) + 1024, shared_kib);
+                                  static_cast<int>(sizeof(fused_storage<Format, Rows>)) + 1024, shared_kib,
+                                  blocks_per_sm);
 }
 /// Most blocks of a launch: their factors fit where the tiles were.
 template <int Rows>
@@ -53,14 +55,14 @@ constexpr int max_fused_blocks(const policy::fused_block_shape& shape) {
   return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
 }
 
-template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib>
+template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib, int BlocksPerSm>
 class fused_block {
  public:
   static constexpr int key_dim = Format::key_head_dim, value_dim = Format::value_head_dim;
   using scores = warp::mma_key_scores<typename Format::key_codec_type, Rows>;
   using values = warp::mma_value_sum<typename Format::value_codec_type, Rows>;
   using owners = typename fused_storage<Format, Rows>::owners;
-  static constexpr auto shape = fused_shape<Format, Rows>(SharedKib);
+  static constexpr auto shape = fused_shape<Format, Rows>(SharedKib, BlocksPerSm);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using softmax = warp::lazy_softmax<values, Rows>;
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
@@ -89,62 +91,96 @@ class fused_block {
         stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * warp_bytes) {}
 
   __device__ void run() {
-    storage_.items.template build<threads>(a_.sequences, gridDim.x, [&](int index) {
-      std::uint32_t flags = 0;
-      const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, flags);
-      detail::add_report(a_.report, flags, 0);
-      return s.cost(a_.call, a_.raw_items);
-    });
-    const auto here = static_cast<int>(blockIdx.x);
-    if (threadIdx.x == 0 && here < storage_.items.shares.blocks()) storage_.next = storage_.items.shares.begin(here);
-    __syncthreads();
-    if (here >= storage_.items.shares.blocks()) return;
-    while (take()) {
-      if (storage_.coded)
+    detail::wait_for_kernel_before();
+    std::int32_t next = 0;
+    bool taken = a_.sequences == 1;
+    if (taken ? !take_of_one() : !split(next)) return;
+    for (; taken || take(next); taken = false) {
+      if (storage_.coded) {
         attend();
-      else
+      } else {
+        find_owners();
         __syncthreads();
+      }
       if (storage_.coded || storage_.tail) {
         finish();
         detail::fence_async_copies();  // the ring takes tiles again
       }
-      if (threadIdx.x == 0) storage_.next = storage_.unit_end;
+      next = storage_.unit_end;
       __syncthreads();
     }
   }
 
  private:
-  /// Finds the block's next unit and its part of it; false if there is none. A barrier follows before `owner` is read.
-  __device__ bool take() {
+  __device__ static int here() { return static_cast<int>(blockIdx.x); }
+
+  /// Finds the block's first unit and its part of it in a launch of one sequence; false if there is none. No thread
+  /// waits for another to work out the split.
+  __device__ bool take_of_one() {
+    std::uint32_t flags = 0;
+    const block::decode_sequence s(a_.call, a_.first_sequence, Rows, flags);
+    if (threadIdx.x == 0) detail::add_report(a_.report, flags, 0);
+    const block::sequence_cost cost = s.cost(a_.call, a_.raw_items);
+    const block::sequence_items::split split =
+        storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), threadIdx.x == 0);
+    if (here() >= split.shares.blocks()) return false;
+    set(s, 0, split.units.items_of(cost), split.shares.begin(here()), split.shares.begin(here() + 1));
+    return true;
+  }
+  /// Works out the split of any launch; `first` is the block's first item. False if it has none.
+  __device__ bool split(std::int32_t& first) {
+    storage_.items.template build<threads>(a_.sequences, static_cast<std::int32_t>(gridDim.x), [&](int index) {
+      std::uint32_t flags = 0;
+      const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, flags);
+      detail::add_report(a_.report, flags, 0);
+      return s.cost(a_.call, a_.raw_items);
+    });
+    __syncthreads();
     const block::even_shares shares = storage_.items.shares;
-    const auto here = static_cast<int>(blockIdx.x);
-    const std::int32_t item = storage_.next, end = shares.begin(here + 1);
+    first = shares.begin(here());
+    return here() < shares.blocks();
+  }
+  /// Finds the unit that has this item, and the block's part of it; false if the item is not the block's.
+  __device__ bool take(std::int32_t item) {
+    const std::int32_t end = storage_.items.shares.begin(here() + 1);
     if (item >= end) return false;
     const int index = storage_.items.owner(a_.sequences, item);
     std::uint32_t known = 0;  // and reported
     const block::decode_sequence s(a_.call, a_.first_sequence + index, Rows, known);
-    const std::int32_t items = storage_.items.units.items_of(storage_.items.cost[index]),
-                       begin = storage_.items.begin[index];
+    set(s, storage_.items.begin[index], storage_.items.units.items_of(storage_.items.cost[index]), item, end);
+    return true;
+  }
+  /// Sets the unit to that with `item` of a sequence whose units have `items` each, the first from `begin` on. The
+  /// block's items end at `end`.
+  __device__ void set(const block::decode_sequence& s, std::int32_t begin, std::int32_t items, std::int32_t item,
+                      std::int32_t end) {
     const std::int32_t number = block::quotient(item - begin, items).whole;
-    const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
     unit_.set(a_.call, s, number);
-    const bool tail = unit_end <= end;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == (threads > 64 ? 64 : 0)) {  // the first warps set the unit
+      const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
       const int lo = min_of(item - unit_begin, s.tiles), hi = min_of(min_of(end, unit_end) - unit_begin, s.tiles);
+      const bool tail = unit_end <= end;
+      storage_.unit_begin = unit_begin;
       storage_.unit_end = unit_end;
+      storage_.tiles = s.tiles;
       storage_.lo = s.first_tile + lo;
       storage_.hi = s.first_tile + hi;
       storage_.coded = lo < hi || (tail && s.tiles == 0);  // somebody stores what is empty
       storage_.tail = tail;
     }
     __syncthreads();
-    if (threadIdx.x == threads - 1) {  // needed at the end only, and divisions are slow
-      owners& o = storage_.owner;
-      o.tail = tail ? here : shares.owner(unit_end - 1);
-      o.first = s.tiles == 0 ? o.tail : item == unit_begin ? here : shares.owner(unit_begin);
-      o.last = s.tiles == 0 ? o.tail : shares.owner(unit_begin + s.tiles - 1);
-    }
-    return true;
+  }
+  /// Needed at the end only, and divisions are slow: one thread does it while others wait. A barrier must follow.
+  __device__ void find_owners() {
+    if (threadIdx.x != threads - 1) return;
+    const block::even_shares shares = storage_.items.shares;
+    const std::int32_t begin = storage_.unit_begin;
+    const int tiles = storage_.tiles;
+    owners o;
+    o.tail = storage_.tail ? here() : shares.owner(storage_.unit_end - 1);
+    o.first = tiles == 0 ? o.tail : shares.owner(begin);
+    o.last = tiles == 0 ? o.tail : shares.owner(begin + tiles - 1);
+    storage_.owner = o;
   }
 
   /// Attends to the unit's coded tiles; every warp leaves its part in parts_.
@@ -164,6 +200,7 @@ class fused_block {
     if (storage_.tail && unit_.has_raw())
       unit_.raw.template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
     stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
+    find_owners();
     scores::prepare(
         storage_.queries, own,
         [&](int r, const auto& index, auto& x) {
@@ -209,29 +246,32 @@ class fused_block {
   static constexpr int part_stride = warp_bytes / 4;
   __device__ float* my_part() const { return parts_ + detail::warp_id() * part_stride; }
 
-  /// Attends to sinks and ring, into raw_. The ring of tiles is empty.
-  __device__ void attend_raw() {
-    __syncthreads();
+  /// Attends to sinks and ring, into `to`, a part. The ring of tiles is empty.
+  __device__ void attend_raw(float* to) {
+    using raw_attention = warp::raw_attention<key_dim, value_dim, Rows>;
     const block::raw_tokens& tokens = unit_.raw;
-    for (int first = 0; first < unit_.rows; first += 4) {
-      warp::raw_attention<key_dim, value_dim> part(
-          [&](int r, const auto& index, auto& x) { unit_.load_query(a_.call, first + r, index, x); });
-      part.attend(
-          detail::warp_id(), tokens.count, warps, [&](int i) { return tokens.where(i); },
-          [&](int i, int r, float dot) {
-            return tokens.seen(unit_.view, i, unit_.position[first + r])
-                       ? unit_.shape(a_.call, variant_, dot * a_.call.options.softmax_scale, first + r, tokens.token(i))
-                       : -detail::infinity();
-          });
-      for (int r = 0; r < 4; ++r) merge::store_row(my_part(), first + r, part.row(r));
-    }
-    if constexpr (Rows > 4) {
-      warp::attention_row<value_dim> none;  // rows that do not exist
-      none.clear();
-      for (int r = 4 * ceil_div(unit_.rows, 4); r < Rows; ++r) merge::store_row(my_part(), r, none);
+    const int chunks = tokens.chunks(raw_attention::tokens);
+    const int busy = min_of(max_of(chunks, 1), warps);  // an empty part, if there are none
+    __syncthreads();
+    if (detail::warp_id() < busy) {
+      raw_attention part(my_part(), merge::row_floats);
+#pragma unroll 1
+      for (int c = detail::warp_id(); c < chunks; c += warps) {
+        int first;
+        const warp::raw_chunk chunk = tokens.chunk(c, raw_attention::tokens, first);
+        part.add(
+            chunk, a_.call.queries.type, [&](int row) { return unit_.where(a_.call, min_of(row, Rows - 1)); },
+            [&](int row) {
+              return row < unit_.rows ? tokens.seen(unit_.view, first, unit_.position[row]) : warp::raw_range{0, 0};
+            },
+            [&](int i, int row, float dot) {
+              return unit_.shape(a_.call, variant_, dot * a_.call.options.softmax_scale, row, first + i);
+            });
+      }
+      part.finish(merge::maximum_at, merge::sum_at);
     }
     __syncthreads();
-    merge::join_warps(parts_, part_stride, raw_);
+    merge::join_warps(parts_, part_stride, busy, to);
   }
 
   __device__ void store_part(const softmax& weights, const values& sum) {
@@ -257,23 +297,21 @@ class fused_block {
     // Needed last; they arrive meanwhile.
     const auto own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
     const owners o = storage_.owner;
-    const int here = static_cast<int>(blockIdx.x);
     bool raw = storage_.tail && unit_.has_raw();
-    const bool alone = o.first == o.tail, coded = here >= o.first && here <= o.last;
+    const bool alone = o.first == o.tail, coded = here() >= o.first && here() <= o.last;
     if (coded)
-      merge::join_warps(parts_, part_stride,
-                        alone ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
-    if (raw) attend_raw();
+      merge::join_warps(parts_, part_stride, warps,
+                        alone ? coded_ : part_of(here(), here() == o.first ? begun_here : begun_before));
+    if (raw) attend_raw(alone ? raw_ : part_of(here(), raw_part));
     __syncthreads();
     if (!alone) {
-      if (raw) merge::copy(raw_, part_of(here, raw_part));
       const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
       if (!block::last_to_arrive(a_.counters + o.first, others, storage_.last)) return;
       raw = unit_.has_raw();
       merge::join_blocks(
           o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); },
-          [&] {
-            if (raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_);
+          [&](int thread, int count) {
+            if (raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_, thread, count);
           },
           parts_, coded_);
       __syncthreads();
@@ -307,14 +345,14 @@ class fused_block {
 
 /// Grid: any number of blocks, which share the work; see policy::fused_blocks. Where no block fits into the shared
 /// memory the kernel is empty: the host knows that, too.
-template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib>
+template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib, int BlocksPerSm>
 __global__ void __launch_bounds__(
-    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib)).warps* detail::warp_threads,
-    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib)).blocks_per_sm)
+    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib), BlocksPerSm).warps* detail::warp_threads,
+    fused_shape<Format, Rows>(policy::resolved_shared_kib(SharedKib), BlocksPerSm).blocks_per_sm)
     fused_decode(const __grid_constant__ fused_args args, const __grid_constant__ Variant variant) {
   constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
-  if constexpr (fused_shape<Format, Rows>(shared_kib).fits()) {
-    using block_type = fused_block<Format, Rows, Engine, Variant, shared_kib>;
+  if constexpr (fused_shape<Format, Rows>(shared_kib, BlocksPerSm).fits()) {
+    using block_type = fused_block<Format, Rows, Engine, Variant, shared_kib, BlocksPerSm>;
     detail::touch_parameters(args);
     __shared__ typename block_type::temp_storage storage;
     block_type(args, variant, storage, detail::dynamic_shared()).run();

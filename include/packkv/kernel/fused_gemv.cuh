@@ -206,11 +206,11 @@ class value_gemv_block {
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish(const block::gemv_piece& piece) {
     const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
-    merge::join_warps(parts_, part_stride, others == 0 ? joined_ : part_of(piece, here));
+    merge::join_warps(parts_, part_stride, warps, others == 0 ? joined_ : part_of(piece, here));
     if (others > 0) {
       if (!block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last)) return;
       merge::join_blocks(
-          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, [] {}, parts_, joined_);
+          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, [](int, int) {}, parts_, joined_);
     }
     __syncthreads();
     write(piece);

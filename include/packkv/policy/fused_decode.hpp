@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <packkv/codec/pages.hpp>
+#include <packkv/core/checked.hpp>
 #include <packkv/policy/machine.hpp>
 
 namespace packkv::policy {
@@ -23,13 +24,25 @@ struct fused_block_shape {
 /// 128k tokens: 136 KiB 0.222 ms, 204 KiB 0.231 ms).
 inline constexpr int bytes_in_flight = 128 * 1024;
 
+/// Where 128 registers a thread are enough, an SM holds 16 warps, in one block or in two.
+PACKKV_HOST_DEVICE constexpr bool fused_blocks_are_paired(int rows, int value_dim) {
+  return rows == 4 && value_dim <= 128;
+}
+/// Blocks of an SM, for a launch of so many units (sequence, KV head, rows of a pass). An SM favours the older of two
+/// blocks, so that the younger one ends late (H200, 2026-11-28, batch 8 x 128k tokens: after 133 and 166 us), while the
+/// warps of one block end together; but where blocks have many units, one of two streams while the other begins or
+/// ends a unit.
+constexpr int fused_blocks_per_sm(checked units) { return units.valid() && units.value() <= 132 ? 1 : 2; }
+
 /// Shape for tiles of K and V of `stage_bytes` together, `rows` query rows per pass, a block that needs `fixed_bytes`
-/// of shared memory beside the ring, and SMs that have `shared_kib`.
+/// of shared memory beside the ring, SMs that have `shared_kib`, and 1 or 2 blocks an SM, if they may be paired.
 PACKKV_HOST_DEVICE constexpr fused_block_shape make_fused_shape(int stage_bytes, int rows, int value_dim,
-                                                                int fixed_bytes, int shared_kib) {
+                                                                int fixed_bytes, int shared_kib, int blocks_per_sm) {
   fused_block_shape s;
-  const int part_bytes = rows * (value_dim + 8) * 4;        // a warp's results take the place of its tiles
-  s.blocks_per_sm = rows == 4 && value_dim <= 128 ? 2 : 1;  // 128 registers a thread
+  const int part_bytes = rows * (value_dim + 8) * 4;  // a warp's results take the place of its tiles
+  const bool paired = fused_blocks_are_paired(rows, value_dim);
+  s.blocks_per_sm = paired ? blocks_per_sm : 1;
+  s.warps = paired && blocks_per_sm == 1 ? 16 : 8;
   for (;; s.warps = s.blocks_per_sm > 1 ? s.warps : s.warps / 2, s.blocks_per_sm = 1) {
     const int room = shared_kib * 1024 / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - 2 * part_bytes;
     const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * stage_bytes);
@@ -49,7 +62,7 @@ PACKKV_HOST_DEVICE constexpr std::int64_t fused_blocks(const fused_block_shape& 
 
 /// What the 16-bit tokens of a unit cost, in tiles.
 PACKKV_HOST_DEVICE constexpr std::int32_t raw_cost(std::int64_t raw_tokens) {
-  return raw_tokens == 0 ? 0 : static_cast<std::int32_t>(4 + min_of<std::int64_t>(raw_tokens, 1 << 20) / 8);
+  return raw_tokens == 0 ? 0 : static_cast<std::int32_t>(24 + min_of<std::int64_t>(raw_tokens, 1 << 20) / 8);
 }
 /// Query rows of one pass over the cache: 4, 8 or 16 of those of a KV head.
 constexpr int fused_rows(std::int64_t rows) { return rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
