@@ -118,11 +118,19 @@ class raw_tokens {
     const bool sink = c < of_sinks;
     const int begin = (sink ? c : c - of_sinks) * size;
     first = sink ? begin : ring_first_ + begin;
-    warp::raw_chunk x = sink ? sink_tokens_ : ring_tokens_;
-    x.slot += begin;
-    x.slot -= x.slot >= x.capacity ? x.capacity : 0;
-    x.count = min_of(size, (sink ? sinks_ : count - sinks_) - begin);
-    return x;
+    const warp::raw_chunk& all = sink ? sink_tokens_ : ring_tokens_;
+    const int slot = all.slot + begin;
+    return {all.key,
+            all.value,
+            all.key_token,
+            all.value_token,
+            all.key_stride,
+            all.value_stride,
+            all.key_type,
+            all.value_type,
+            slot - (slot >= all.capacity ? all.capacity : 0),
+            all.capacity,
+            min_of(size, (sink ? sinks_ : count - sinks_) - begin)};
   }
   /// Those of a chunk that begins with token `first` which a query at `query_position` sees.
   __device__ warp::raw_range seen(const detail::visibility& view, int first, std::int64_t query_position) const {

@@ -8,9 +8,9 @@
 
 namespace packkv::block {
 
-/// Half-open range of tokens of one sequence.
+/// Half-open range of tokens of one sequence. In shared memory, too: no initialisers.
 struct token_range {
-  std::int32_t begin = 0, end = 0;
+  std::int32_t begin, end;
 };
 
 /// Out of line, since hardly any call comes here: 64-bit divisions are long.

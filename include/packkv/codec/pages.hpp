@@ -156,15 +156,16 @@ PACKKV_HOST_DEVICE inline std::int32_t clamp_length(const std::int32_t* lengths,
   return n < 0 ? 0 : max_len;
 }
 
-/// Which tokens a query sees, and which of them in 16 bits. One definition for the kernels and the reference.
+/// Which tokens a query sees, and which of them in 16 bits. One definition for the kernels and the reference. In shared
+/// memory, too: no initialisers.
 struct visibility {
-  std::int64_t position_stride = 1, position_offset = 0;
-  std::int64_t kv_begin = 0, window = 0;
-  std::int32_t length = 0;      ///< local tokens
-  std::int32_t sinks = 0;       ///< tokens 0..sinks-1 are 16-bit
-  std::int32_t ring_begin = 0;  ///< first token still in the ring; `length` without a ring
-  std::int64_t ring_window = 0;
-  bool causal = true;
+  std::int64_t position_stride, position_offset;
+  std::int64_t kv_begin, window;
+  std::int32_t length;      ///< local tokens
+  std::int32_t sinks;       ///< tokens 0..sinks-1 are 16-bit
+  std::int32_t ring_begin;  ///< first token still in the ring; `length` without a ring
+  std::int64_t ring_window;
+  bool causal;
 
   PACKKV_HOST_DEVICE std::int64_t position(std::int64_t t) const { return t * position_stride + position_offset; }
   PACKKV_HOST_DEVICE bool visible(std::int64_t t, std::int64_t query_position) const {
@@ -182,7 +183,7 @@ struct visibility {
 
 PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, const attention_options& options,
                                                      std::int64_t b, std::int32_t length, std::uint32_t& flags) {
-  visibility v;
+  visibility v = {};
   v.position_stride = options.position_stride;
   v.position_offset = options.position_offset;
   v.kv_begin = cache.kv_begin != nullptr ? cache.kv_begin[b] : 0;
