@@ -306,8 +306,9 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 /// fused kernel: its blocks share all tiles evenly, `splits` times as many as there are sequences x KV heads x row
 /// chunks. Its blocks are shaped for the shared memory of the architecture: sm_90 and sm_100 take up to 16 query rows
 /// of a KV head in one pass over the cache; where a block of so many does not fit, as for D_v = 512 on sm_86, passes
-/// have 8 or 4. \return not ok, with nothing launched, for what the host can see to be wrong; cuda_error if the launch
-/// is refused.
+/// have 8 or 4. On sm_90 and later it is launched with programmatic stream serialization: it may begin while the kernel
+/// before it in the stream ends, and waits for that kernel's end before it reads anything. \return not ok, with nothing
+/// launched, for what the host can see to be wrong; cuda_error if the launch is refused.
 template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,

@@ -343,7 +343,8 @@ class fused_block {
   stream stream_;
 };
 
-/// Grid: any number of blocks, which share the work; see policy::fused_blocks. Where no block fits into the shared
+/// Grid: any number of blocks, which share the work; see policy::fused_blocks. BlocksPerSm is 1, or 2 where registers
+/// allow it (policy::fused_blocks_are_paired): how a block is shaped. Where no block fits into the shared
 /// memory the kernel is empty: the host knows that, too.
 template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib, int BlocksPerSm>
 __global__ void __launch_bounds__(
