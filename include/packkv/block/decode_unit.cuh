@@ -135,12 +135,10 @@ class raw_tokens {
   /// Those of a chunk that begins with token `first` which a query at `query_position` sees.
   __device__ warp::raw_range seen(const detail::visibility& view, int first, std::int64_t query_position) const {
     const bool sink = first < sinks_;
-    std::int32_t begin = sink ? 0 : max_of(view.ring_begin, view.sinks), end = sink ? sinks_ : view.length;
-    if (view.kv_begin > 0) begin = max_of(begin, token_at(view, view.kv_begin));
-    if (view.window > 0) begin = max_of(begin, token_at(view, query_position - view.window + 1));
-    if (!sink) begin = max_of(begin, token_at(view, query_position - view.ring_window + 1));
-    if (view.causal) end = min_of(end, token_at(view, query_position + 1));
-    return {begin - first, end - first};
+    token_range x = visible_range(view, query_position,
+                                  {sink ? 0 : max_of(view.ring_begin, view.sinks), sink ? sinks_ : view.length});
+    if (!sink) x.begin = max_of(x.begin, token_at(view, query_position - view.ring_window + 1));
+    return {x.begin - first, x.end - first};
   }
 
  private:
@@ -181,7 +179,7 @@ struct decode_unit {
     const bool single = s.chunks == 1;
     const int kv_head = single ? number : number / s.chunks, first_row = single ? 0 : number % s.chunks * Rows,
               all = s.query_count * call.group;
-    if (threadIdx.x == (blockDim.x > 32 ? 32u : 0u)) {
+    if (threadIdx.x == (blockDim.x > 32 ? 32u : 0u)) {  // warp 0 has the rows
       view = s.view;
       b = s.b;
       head = kv_head;

@@ -25,16 +25,21 @@ PACKKV_HOST_DEVICE inline std::int32_t token_at(const detail::visibility& view, 
   return static_cast<std::int32_t>(min_of<std::int64_t>(max_of<std::int64_t>(d, 0), view.length));
 }
 
-/// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them. What a call
-/// does not use costs it no arithmetic.
+/// Those of some tokens that padding, window and causal mask leave a query at position p; end may lie before begin.
+/// What a call does not use costs it no arithmetic.
+PACKKV_HOST_DEVICE inline token_range visible_range(const detail::visibility& view, std::int64_t p, token_range of) {
+  if (view.kv_begin > 0) of.begin = max_of(of.begin, token_at(view, view.kv_begin));
+  if (view.window > 0) of.begin = max_of(of.begin, token_at(view, p - view.window + 1));
+  if (view.causal) of.end = min_of(of.end, token_at(view, p + 1));
+  return of;
+}
+
+/// Coded tokens that a query at position p sees; those in the sinks and in the ring are not among them.
 PACKKV_HOST_DEVICE inline token_range coded_range(const detail::visibility& view, std::int64_t p) {
-  std::int32_t begin = view.sinks, end = view.length;
-  if (view.kv_begin > 0) begin = max_of(begin, token_at(view, view.kv_begin));
-  if (view.window > 0) begin = max_of(begin, token_at(view, p - view.window + 1));
-  if (view.causal) end = min_of(end, token_at(view, p + 1));
+  token_range x = visible_range(view, p, {view.sinks, view.length});
   if (view.ring_begin < view.length)
-    end = min_of(end, max_of(view.ring_begin, token_at(view, p - view.ring_window + 1)));
-  return {begin, max_of(begin, end)};
+    x.end = min_of(x.end, max_of(view.ring_begin, token_at(view, p - view.ring_window + 1)));
+  return {x.begin, max_of(x.begin, x.end)};
 }
 
 /// What the rows see together.

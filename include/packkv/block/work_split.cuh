@@ -163,6 +163,7 @@ struct sequence_items {
     }
   }
 
+  /// How a launch is shared.
   struct split {
     even_shares shares;
     unit_alignment units;

@@ -13,14 +13,7 @@ namespace packkv::warp {
 
 /// Two floats in a 16-bit type, nearest even; `low` in the low 16 bits.
 __device__ inline std::uint32_t pack_16bit(float low, float high, dtype type) {
-  if (type == dtype::float16) return detail::pack_halves(low, high);
-#if defined(PACKKV_SIMT_EXECUTOR)
-  return float_to_bfloat16(low) | std::uint32_t{float_to_bfloat16(high)} << 16;
-#else
-  std::uint32_t x;
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(x) : "f"(high), "f"(low));
-  return x;
-#endif
+  return type == dtype::float16 ? detail::pack_halves(low, high) : detail::pack_16bit<true>(low, high);
 }
 
 template <int Rows>
