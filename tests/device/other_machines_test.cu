@@ -75,7 +75,8 @@ TEST_CASE("a pass takes as many query rows as fit into the shared memory, and ev
   CHECK(pk::kernel::fused_shape<two_bit, 4>(228, 2).warps == 8);
   CHECK(pk::kernel::fused_shape<two_bit, 4>(228, 2).blocks_per_sm == 2);
   CHECK(pk::kernel::fused_shape<two_bit, 4>(100, 1).warps == 8);
-  CHECK(pk::kernel::fused_shape<two_bit, 8>(228, 2).blocks_per_sm == 1);
+  CHECK(pk::kernel::fused_shape<two_bit, 8>(228, 2).blocks_per_sm == 2);
+  CHECK(pk::kernel::fused_shape<two_bit, 16>(228, 2).blocks_per_sm == 1);
   CHECK(rows_of_pass<bytes_512>(228) == 16);
   CHECK(rows_of_pass<bytes_512>(164) == 16);
   CHECK(rows_of_pass<bytes_512>(100) == 4);

@@ -39,17 +39,6 @@ __device__ inline float reciprocal_fast(float x) {
   return y;
 #endif
 }
-/// The larger of a number and a bound; NaN stays NaN.
-__device__ inline float at_least(float x, float bound) {
-#if defined(PACKKV_SIMT_EXECUTOR)
-  return x < bound ? bound : x;
-#else
-  float y;
-  asm("max.NaN.f32 %0,%1,%2;" : "=f"(y) : "f"(x), "f"(bound));
-  return y;
-#endif
-}
-
 /// Two floats as halves, nearest even; `low` in the low 16 bits.
 __device__ inline std::uint32_t pack_halves(float low, float high) {
 #if defined(PACKKV_SIMT_EXECUTOR)
@@ -111,14 +100,53 @@ __device__ inline std::uint32_t add_zero_times(std::uint32_t x, std::uint32_t su
   return y;
 #endif
 }
-/// The smaller of two numbers, for each half; a number beats NaN.
-__device__ inline std::uint32_t smaller_halves(std::uint32_t a, std::uint32_t b) {
+/// The larger of two numbers, for each half; a number beats NaN.
+__device__ inline std::uint32_t larger_halves(std::uint32_t a, std::uint32_t b) {
 #if defined(PACKKV_SIMT_EXECUTOR)
   const two_floats x = unpack_halves(a), y = unpack_halves(b);
-  return pack_halves(fminf(x.low, y.low), fminf(x.high, y.high));
+  return pack_halves(fmaxf(x.low, y.low), fmaxf(x.high, y.high));
 #else
   std::uint32_t y;
-  asm("min.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  asm("max.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#endif
+}
+/// Whether a half of `a` is greater than its half of `b`; NaN is not.
+__device__ inline bool any_half_above(std::uint32_t a, std::uint32_t b) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats x = unpack_halves(a), y = unpack_halves(b);
+  return x.low > y.low || x.high > y.high;
+#else
+  std::uint32_t above;
+  asm("{\n.reg .pred p,q;\nsetp.gt.f16x2 p|q,%1,%2;\nor.pred p,p,q;\nselp.u32 %0,1,0,p;\n}"
+      : "=r"(above)
+      : "r"(a), "r"(b));
+  return above != 0;
+#endif
+}
+/// Products of halves, nearest even.
+__device__ inline std::uint32_t multiply_halves(std::uint32_t a, std::uint32_t b) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats x = unpack_halves(a), y = unpack_halves(b);
+  return pack_halves(x.low * y.low, x.high * y.high);
+#else
+  std::uint32_t y;
+  asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#endif
+}
+/// The low or the high half of x, twice.
+template <bool High>
+__device__ inline std::uint32_t half_twice(std::uint32_t x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const std::uint32_t half = High ? x >> 16 : x & 0xffffu;
+  return half | half << 16;
+#else
+  std::uint32_t y;
+  if constexpr (High)
+    asm("{\n.reg .b16 l,h;\nmov.b32 {l,h},%1;\nmov.b32 %0,{h,h};\n}" : "=r"(y) : "r"(x));
+  else
+    asm("{\n.reg .b16 l,h;\nmov.b32 {l,h},%1;\nmov.b32 %0,{l,l};\n}" : "=r"(y) : "r"(x));
   return y;
 #endif
 }

@@ -160,6 +160,18 @@ status compiled_shared_kib(void (*kernel)(Parameter...), int& shared_kib) {
   return s;
 }
 
+/// With as many blocks an SM as the number of units asks for.
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, class Variant>
+status launch_fused_rows(const kernel::fused_args& args, std::int64_t rows, int shared_kib, const exec& e,
+                         const Variant& variant) {
+  if constexpr (policy::fused_blocks_are_paired(Rows, Format::value_head_dim)) {
+    const checked units = fused_units<Rows>(args.call.cache.batch, args.call.cache.pages.kv_heads, rows);
+    if (policy::fused_blocks_per_sm(units) == 2)
+      return launch_fused<Format, Rows, Engine, SharedKib, 2>(args, rows, shared_kib, e, variant);
+  }
+  return launch_fused<Format, Rows, Engine, SharedKib, 1>(args, rows, shared_kib, e, variant);
+}
+
 /// SharedKib: of an SM, 0: what the code that runs was compiled for.
 template <class Format, warp::copy_engine Engine, int SharedKib, class Variant>
 status launch_fused(const kernel::fused_args& args, const exec& e, const Variant& variant) {
@@ -170,16 +182,11 @@ status launch_fused(const kernel::fused_args& args, const exec& e, const Variant
     if (const status s = compiled_shared_kib(kernel::fused_decode<Format, 4, Engine, Variant, 0, 1>, kib); !s) return s;
   switch (fitting_decode_rows<Format>(policy::fused_rows(rows), kib)) {
     case 4:
-      if constexpr (policy::fused_blocks_are_paired(4, Format::value_head_dim)) {
-        const checked units = fused_units<4>(args.call.cache.batch, args.call.cache.pages.kv_heads, rows);
-        if (policy::fused_blocks_per_sm(units) == 2)
-          return launch_fused<Format, 4, Engine, SharedKib, 2>(args, rows, kib, e, variant);
-      }
-      return launch_fused<Format, 4, Engine, SharedKib, 1>(args, rows, kib, e, variant);
+      return launch_fused_rows<Format, 4, Engine, SharedKib>(args, rows, kib, e, variant);
     case 8:
-      return launch_fused<Format, 8, Engine, SharedKib, 1>(args, rows, kib, e, variant);
+      return launch_fused_rows<Format, 8, Engine, SharedKib>(args, rows, kib, e, variant);
     case 16:
-      return launch_fused<Format, 16, Engine, SharedKib, 1>(args, rows, kib, e, variant);
+      return launch_fused_rows<Format, 16, Engine, SharedKib>(args, rows, kib, e, variant);
     default:
       return no_decode_fits();
   }
@@ -195,12 +202,17 @@ checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::in
                                            fused_units<pass>(batch, kv_heads, rows), splits) *
                             fused_part_bytes<Format, pass>);
   };
-  for (const int kib : policy::shared_kib_choices) {
-    count(std::integral_constant<int, 4>{}, kib, 1);
-    count(std::integral_constant<int, 4>{}, kib, policy::fused_blocks_per_sm(fused_units<4>(batch, kv_heads, rows)));
-    if (rows > 4) count(std::integral_constant<int, 8>{}, kib, 1);
-    if (rows > 8) count(std::integral_constant<int, 16>{}, kib, 1);
-  }
+  const auto count_both = [&](auto rows_of_pass) {
+    constexpr int pass = decltype(rows_of_pass)::value;
+    const int blocks_per_sm = policy::fused_blocks_per_sm(fused_units<pass>(batch, kv_heads, rows));
+    for (const int kib : policy::shared_kib_choices) {
+      count(rows_of_pass, kib, 1);
+      count(rows_of_pass, kib, blocks_per_sm);
+    }
+  };
+  count_both(std::integral_constant<int, 4>{});
+  if (rows > 4) count_both(std::integral_constant<int, 8>{});
+  if (rows > 8) count_both(std::integral_constant<int, 16>{});
   return checked(most) + workspace_counter_bytes;
 }
 

@@ -278,7 +278,8 @@ class fused_block {
     float maximum[lane_rows], total[lane_rows], zero[lane_rows];
     weights.finish(maximum, total, zero);
     float* const to = my_part();
-    sum.each(zero, [&](int row, int channel, float x) { to[row * merge::row_floats + channel] = x; });
+    const float unit = weights.row_unit();
+    sum.each(zero, [&](int row, int channel, float x) { to[row * merge::row_floats + channel] = x * unit; });
     if (detail::lane_id() < 4)
       for (int i = 0; i < lane_rows; ++i) {
         float* const row = to + scores::columns::row(i) * merge::row_floats;

@@ -26,7 +26,7 @@ inline constexpr int bytes_in_flight = 128 * 1024;
 
 /// Where 128 registers a thread are enough, an SM holds 16 warps, in one block or in two.
 PACKKV_HOST_DEVICE constexpr bool fused_blocks_are_paired(int rows, int value_dim) {
-  return rows == 4 && value_dim <= 128;
+  return rows <= 8 && value_dim <= 128;
 }
 /// Blocks of an SM, for a launch of so many units (sequence, KV head, rows of a pass). An SM favours the older of two
 /// blocks, so that the younger one ends late (H200, 2026-11-28, batch 8 x 128k tokens: after 133 and 166 us), while the

@@ -1,17 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Running softmax over tiles for the kernels that use matrix instructions, base 2.
-// One idea: weights are relative to a maximum that may lag behind, so sums are rescaled only when a weight would leave
-// the range of a half. The maximum is over score + log2(row scale of V), what is summed are the rounded weights
-// (docs/numerics.md, rules 3 and 4).
+// One idea: weights are relative to a maximum that may lag behind, so sums are rescaled only when a weight, or a weight
+// times the row scale of its value, would leave the range of a half (docs/numerics.md, rules 3 and 4).
 //   lazy_softmax<Sum, Rows> softmax;   softmax.weigh(s, value_rows, hidden, sum, p);   sum.add(tile, p);
 #pragma once
 
 #include <packkv/warp/mma_value_sum.cuh>
 
 namespace packkv::warp {
-
-/// Smallest row scale of V that counts; smaller ones, 0 included, are taken as this: the smallest half.
-inline constexpr float smallest_row = 0x1p-24f;
 
 /// Sum is an mma_value_sum of Rows rows.
 template <class Sum, int Rows>
@@ -31,56 +27,49 @@ class lazy_softmax {
   /// Turns the scores of a tile (base 2) and the row scales of its values into weights, and rescales `sum` if need be.
   /// Bit lane_rows * k + i of `hidden` is set where the lane's row i does not see its token k; what such a token has
   /// for a score or row scale, NaN included, does not reach the row. All lanes take part.
-  __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], const detail::bytes16& rows, std::uint32_t hidden,
-                        Sum& sum, value_operand<Rows>& p) {
+  __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], detail::bytes16 rows, std::uint32_t hidden, Sum& sum,
+                        value_operand<Rows>& p) {
     using namespace packkv::detail;
-    float top[lane_rows], row[tokens_per_lane], log_row[tokens_per_lane], inverse[tokens_per_lane];
-    unpack_rows(rows, row);
-    const bool weak = has_weak(rows);
-    if (weak)
-      for (int k = 0; k < tokens_per_lane; ++k) row[k] = at_least(row[k], smallest_row);
-    detail::for_constants<tokens_per_lane>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      log_row[k] = log2_fast(row[k]);
-      inverse[k] = exp2_fast(static_cast<float>(Sum::first_fold(k)) - log_row[k]);
-      for (int i = 0; i < lane_rows; ++i) s[k][i] += log_row[k];
-    });
-    if (hidden != 0)
-      for (int k = 0; k < tokens_per_lane; ++k) {
-        if (!(inverse[k] < infinity())) inverse[k] = 0.0f;  // a row scale that is no number, perhaps of no token
-        for (int i = 0; i < lane_rows; ++i)
-          if ((hidden >> (lane_rows * k + i) & 1u) != 0) s[k][i] = -infinity();
-      }
-    for (int i = 0; i < lane_rows; ++i) top[i] = maximum_[i];
-    for (int k = 0; k < tokens_per_lane; ++k)
-      for (int i = 0; i < lane_rows; ++i) top[i] = fmaxf(top[i], s[k][i]);
+    if (hidden != 0) hide(hidden, s, rows);
+    float top[lane_rows];
     bool rising = false;
-    for (int i = 0; i < lane_rows; ++i) rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
-    if (__any_sync(all_lanes, rising) != 0) raise(top, sum);
-    if (weak) count_weak(s, row, log_row, inverse);
+    for (int i = 0; i < lane_rows; ++i) {
+      top[i] = s[0][i];
+      for (int k = 1; k < tokens_per_lane; ++k) top[i] = fmaxf(top[i], s[k][i]);
+      rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
+    }
+    std::uint32_t row[4];
+    for (int t = 0; t < 4; ++t) row[t] = multiply_halves(rows.word[t], row_factor_);
+    rising = rising || any_half_above(largest_of(row), 0x3c003c00u);
+    if (__any_sync(all_lanes, rising) != 0) {
+      raise(top, largest_of(rows.word), sum);
+      for (int t = 0; t < 4; ++t) row[t] = multiply_halves(rows.word[t], row_factor_);
+    }
     detail::for_constants<4>([&](auto index) {
       constexpr int t = decltype(index)::value, k0 = 2 * t, k1 = 2 * t + 1;
       if constexpr (columns::paired) {
-        const std::uint32_t h = pack_halves(weight<k0>(s[k0][0], 0), weight<k1>(s[k1][0], 0));
+        const std::uint32_t h = multiply_halves(pack_halves(weight<k0>(s[k0][0], 0), weight<k1>(s[k1][0], 0)), row[t]);
         const two_floats rounded = unpack_halves(h);
-        count<k0>(rounded.low, inverse, 0);
-        count<k1>(rounded.high, inverse, 0);
+        count<k0>(rounded.low, 0);
+        count<k1>(rounded.high, 0);
         // Lane 4 * c + p has column c: row c / 2, and the tokens of one half of 16 by c's parity.
         const std::uint32_t x = movmatrix(h);
         const bool odd = (lane_id() / 4) % 2 != 0;
         p.b[t][0][0] = odd ? 0u : x;
         p.b[t][0][1] = odd ? x : 0u;
       } else {
+        const std::uint32_t row0 = half_twice<false>(row[t]), row1 = half_twice<true>(row[t]);
         for (int n = 0; n < columns::blocks; ++n) {
+          const int i0 = 2 * n, i1 = 2 * n + 1;
           const std::uint32_t h0 =
-              pack_halves(weight<k0>(s[k0][2 * n], 2 * n), weight<k0>(s[k0][2 * n + 1], 2 * n + 1));
+              multiply_halves(pack_halves(weight<k0>(s[k0][i0], i0), weight<k0>(s[k0][i1], i1)), row0);
           const std::uint32_t h1 =
-              pack_halves(weight<k1>(s[k1][2 * n], 2 * n), weight<k1>(s[k1][2 * n + 1], 2 * n + 1));
+              multiply_halves(pack_halves(weight<k1>(s[k1][i0], i0), weight<k1>(s[k1][i1], i1)), row1);
           const two_floats low = unpack_halves(h0), high = unpack_halves(h1);
-          count<k0>(low.low, inverse, 2 * n);
-          count<k0>(low.high, inverse, 2 * n + 1);
-          count<k1>(high.low, inverse, 2 * n);
-          count<k1>(high.high, inverse, 2 * n + 1);
+          count<k0>(low.low, i0);
+          count<k0>(low.high, i1);
+          count<k1>(high.low, i0);
+          count<k1>(high.high, i1);
           p.b[t][n][0] = movmatrix(h0);
           p.b[t][n][1] = movmatrix(h1);
         }
@@ -88,6 +77,8 @@ class lazy_softmax {
     });
   }
 
+  /// What `sum` and the third result of `finish` are to be multiplied by.
+  __device__ float row_unit() const { return row_unit(detail::unpack_halves(row_factor_).low); }
   /// Maximum, sum of weights, and sum of weights times row scales, of the lane's rows; the same in all lanes that
   /// have the row. All lanes take part.
   __device__ void finish(float (&maximum)[lane_rows], float (&sum)[lane_rows], float (&zero)[lane_rows]) const {
@@ -109,48 +100,69 @@ class lazy_softmax {
   static constexpr float lowest = -1e30f;
 
  private:
+  /// A token's weight, in units of its place in the operand; it counts in the row's sum as it is.
   template <int K>
-  __device__ float weight(float s, int i) const {
-    return detail::exp2_fast(s - (maximum_[i] - static_cast<float>(Sum::power - Sum::first_fold(K))));
+  __device__ float weight(float s, int i) {
+    constexpr int fold = Sum::first_fold(K);
+    const float x = detail::exp2_fast(s - (maximum_[i] - static_cast<float>(Sum::power - fold)));
+    sum_[i] = fmaf(x, passes::power_of_two(fold), sum_[i]);
+    return x;
   }
   template <int K>
-  __device__ void count(float rounded, const float (&inverse)[tokens_per_lane], int i) {
-    sum_[i] = fmaf(rounded, inverse[K], sum_[i]);
+  __device__ void count(float rounded, int i) {
     zero_[i] = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero_[i]);
   }
 
-  /// Row scales below the normal halves: such a weight times its row scale may round to nothing while the weight itself
-  /// does not, so these weights are counted as they are.
-  __device__ static bool has_weak(const detail::bytes16& rows) {
-    std::uint32_t least = rows.word[0];
-    for (int i = 1; i < 4; ++i) least = detail::smaller_halves(least, rows.word[i]);
-    return (least & 0x7c00u) == 0 || (least & 0x7c000000u) == 0;
-  }
-  __device__ void count_weak(const float (&s)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
-                             const float (&log_row)[tokens_per_lane], float (&inverse)[tokens_per_lane]) {
-    detail::for_constants<tokens_per_lane>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      if (row[k] < 0x1p-14f) {
-        const float back = log_row[k] - static_cast<float>(Sum::power);
-        for (int i = 0; i < lane_rows; ++i) sum_[i] += detail::exp2_fast(s[k][i] - back - maximum_[i]);
-        inverse[k] = 0.0f;
+  /// Gives hidden tokens the score -inf, and the row scale 0 if none of the lane's rows sees them.
+  __device__ static void hide(std::uint32_t hidden, float (&s)[tokens_per_lane][lane_rows], detail::bytes16& rows) {
+    constexpr std::uint32_t all = (1u << lane_rows) - 1;
+    for (int k = 0; k < tokens_per_lane; ++k) {
+      const std::uint32_t of_token = hidden >> (lane_rows * k) & all;
+      std::uint32_t& row = rows.word[k / 2];
+      const std::uint32_t half = row >> 16 * (k % 2) & 0xffffu;
+      const bool finite = (half & 0x7c00u) != 0x7c00u;
+      for (int i = 0; i < lane_rows; ++i) {
+        if (of_token != 0 && !finite) s[k][i] = detail::nan_float();  // for the rows that see it
+        if ((of_token >> i & 1u) != 0) s[k][i] = -detail::infinity();
       }
-    });
+      if (of_token == all || (of_token != 0 && !finite)) row &= k % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
+    }
   }
 
-  __device__ void raise(float (&top)[lane_rows], Sum& sum) {
+  /// For both halves.
+  __device__ static std::uint32_t largest_of(const std::uint32_t (&x)[4]) {
+    return detail::larger_halves(detail::larger_halves(x[0], x[1]), detail::larger_halves(x[2], x[3]));
+  }
+
+  __device__ void raise(float (&top)[lane_rows], std::uint32_t largest_rows, Sum& sum) {
     using namespace packkv::detail;
+    const two_floats pair = unpack_halves(largest_rows);
+    float row = fmaxf(fmaxf(pair.low, pair.high), 0.0f);
+    for (int m = 4; m < warp_threads; m *= 2) row = fmaxf(row, shuffle_xor(row, m));
+    // 2^-e for the smallest e for which no row scale exceeds 2^e, within -15..16, and no larger than before.
+    const int e = static_cast<int>((bit_cast<std::uint32_t>(row) + 0x7fffffu) >> 23) - 127;
+    const float before = unpack_halves(row_factor_).low;
+    const float after =
+        fminf(before, bit_cast<float>(static_cast<std::uint32_t>(127 - max_of(min_of(e, 16), -15)) << 23));
+    row_factor_ = pack_halves(after, after);
+    const float ratio = after * row_unit(before);
     float factor[lane_rows];
     for (int i = 0; i < lane_rows; ++i) {
       for (int m = 4; m < warp_threads; m *= 2) top[i] = fmaxf(top[i], shuffle_xor(top[i], m));
-      factor[i] = exp2_fast(maximum_[i] - top[i]);
-      maximum_[i] = top[i];
-      sum_[i] *= factor[i];
+      const float maximum = fmaxf(maximum_[i], top[i]), shrunk = exp2_fast(maximum_[i] - maximum);
+      maximum_[i] = maximum;
+      sum_[i] *= shrunk;
+      factor[i] = shrunk * ratio;
       zero_[i] *= factor[i];
     }
     sum.rescale(factor);
   }
+  /// 1 / factor, for a power of two.
+  __device__ static float row_unit(float factor) {
+    return detail::bit_cast<float>((254u << 23) - detail::bit_cast<std::uint32_t>(factor));
+  }
 
+  std::uint32_t row_factor_ = 0x78007800;  ///< for row scales, so that they are at most 1: a power of two, twice
   float maximum_[lane_rows], sum_[lane_rows], zero_[lane_rows];
 };
 

@@ -110,25 +110,36 @@ class mma_key_scores {
   /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i. Slots that hold no token give arbitrary values,
   /// NaN included. All lanes take part.
   __device__ void compute(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
-    if constexpr (uniform_width() > 0) {
-      using plane = key_plane<uniform_width()>;
-      std::int32_t sum[2][4][columns::products][4] = {};
-      detail::for_constants<uniform_strips() / 2>([&](auto index) { add_pair<2 * decltype(index)::value>(tile, sum); });
-      store_scores(tile, s, [&](auto tile_of_rows, int product, int reg) {
-        constexpr int t = decltype(tile_of_rows)::value,
-                      apart = plane::template place<t, 1> - plane::template place<t, 0>;
-        return sum[0][t][product][reg] * (1 << apart) + sum[1][t][product][reg];
-      });
-    } else {
-      std::int32_t sum[4][columns::products][4] = {};
-      detail::for_constants<spec.strips.count>([&](auto index) {
-        constexpr int strip = decltype(index)::value;
-        if constexpr (spec.strips.width[strip] > 0) add_strip<strip>(tile, sum);
-      });
-      store_scores(tile, s, [&](auto tile_of_rows, int product, int reg) {
-        return sum[decltype(tile_of_rows)::value][product][reg];
-      });
-    }
+    // 16 tokens at a time, so that few sums are alive.
+    held_words<0> words;
+    words.load(reinterpret_cast<const std::uint32_t*>(tile));
+    float row[tokens_per_lane];
+    unpack_rows(load_rows(tile + code_bytes), row);
+    detail::for_constants<4>([&](auto index) {
+      constexpr int t = decltype(index)::value;
+      std::int32_t sum[columns::products][4] = {};
+      if constexpr (uniform_width() > 0) {
+        std::int32_t half_sum[2][columns::products][4] = {};
+        detail::for_constants<uniform_strips() / 2>(
+            [&](auto pair) { add_pair<2 * decltype(pair)::value, t>(words, half_sum); });
+        using plane = key_plane<uniform_width()>;
+        constexpr int apart = plane::template place<t, 1> - plane::template place<t, 0>;
+        for (int n = 0; n < columns::products; ++n)
+          for (int r = 0; r < 4; ++r) sum[n][r] = half_sum[0][n][r] * (1 << apart) + half_sum[1][n][r];
+      } else {
+        detail::for_constants<spec.strips.count>([&](auto strip) {
+          if constexpr (spec.strips.width[decltype(strip)::value] > 0) add_strip<decltype(strip)::value, t>(words, sum);
+        });
+      }
+      constexpr float unit = 1.0f / static_cast<float>(mma_key_scores::template unit_of<t>());
+      for (int k = 2 * t; k < 2 * t + 2; ++k)
+        for (int i = 0; i < lane_rows; ++i) {
+          const int high = columns::paired ? 0 : 2 * (i / 2), low = columns::paired ? 0 : high + 1;
+          const int r = 2 * (k % 2) + (columns::paired ? 0 : i % 2);
+          const float x = joined(sum[high][r], sum[low][columns::paired ? r + 1 : r]);
+          s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), offset_[i]);
+        }
+    });
     if constexpr (spec.leading > 0) add_leading(tile, s);
   }
 
@@ -177,56 +188,46 @@ class mma_key_scores {
     else
       return fmaf(256.0f, static_cast<float>(high), static_cast<float>(low));
   }
-  /// sum(row tile, product, register) is the sum of a product.
-  template <class Sum>
-  __device__ void store_scores(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows], Sum&& sum) const {
-    float row[tokens_per_lane];
-    unpack_rows(load_rows(tile + code_bytes), row);
-    detail::for_constants<tokens_per_lane>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      constexpr float unit = 1.0f / static_cast<float>(mma_key_scores::template unit_of<k / 2>());
-      const std::integral_constant<int, k / 2> t{};
-      for (int i = 0; i < lane_rows; ++i) {
-        const float x = columns::paired ? joined(sum(t, 0, 2 * (k % 2)), sum(t, 0, 2 * (k % 2) + 1))
-                                        : joined(sum(t, 2 * (i / 2), 2 * (k % 2) + i % 2),
-                                                 sum(t, 2 * (i / 2) + (columns::paired ? 0 : 1), 2 * (k % 2) + i % 2));
-        s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), offset_[i]);
-      }
-    });
+  /// A lane's words of the strips Strip, Strip + 1, ...
+  template <int Strip, bool Exists = (Strip < spec.strips.count)>
+  struct held_words {
+    __device__ void load(const std::uint32_t*) {}
+  };
+  template <int Strip>
+  struct held_words<Strip, true> : held_words<Strip + 1> {
+    static constexpr int width = spec.strips.width[Strip], low = spec.strips.low[Strip], high = spec.strips.high[Strip];
+    using codes = unpacker<(width > 0 ? width : 1)>;
+    typename codes::words own;
+
+    __device__ void load(const std::uint32_t* tile) {
+      if constexpr (width > 0) codes::load(own, tile + low, tile + high, detail::lane_id());
+      held_words<Strip + 1>::load(tile);
+    }
+  };
+
+  /// Adds the products of a strip and the tokens 16 * RowTile on.
+  template <int Strip, int RowTile>
+  __device__ void add_strip(const held_words<Strip>& words, std::int32_t (&sum)[columns::products][4]) const {
+    using codes = typename held_words<Strip>::codes;
+    std::uint32_t a[codes::registers];
+    codes::template operand<RowTile>(words.own, a);
+    for (int n = 0; n < columns::products; ++n) detail::mma_u8s8(sum[n], a, query_[Strip][n]);
   }
 
-  template <int Strip>
-  __device__ void add_strip(const std::uint8_t* tile, std::int32_t (&sum)[4][columns::products][4]) const {
-    using codes = unpacker<spec.strips.width[Strip]>;
-    constexpr int low = spec.strips.low[Strip], high = spec.strips.high[Strip];
-    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
-    typename codes::words w;
-    codes::load(w, words + low, words + high, detail::lane_id());
-    detail::for_constants<4>([&](auto index) {
-      constexpr int t = decltype(index)::value;
-      std::uint32_t a[codes::registers];
-      codes::template operand<t>(w, a);
-      for (int n = 0; n < columns::products; ++n) detail::mma_u8s8(sum[t][n], a, query_[Strip][n]);
-    });
-  }
-
-  /// Strips Strip and Strip + 1, sums[h] with the channels 16 * h + 0..15 of both.
-  template <int Strip>
-  __device__ void add_pair(const std::uint8_t* tile, std::int32_t (&sum)[2][4][columns::products][4]) const {
+  /// The same for strips Strip and Strip + 1, sums[h] with the channels 16 * h + 0..15 of both.
+  template <int Strip, int RowTile>
+  __device__ void add_pair(const held_words<Strip>& words, std::int32_t (&sum)[2][columns::products][4]) const {
     using plane = key_plane<uniform_width()>;
-    const auto* words = reinterpret_cast<const std::uint32_t*>(tile);
-    constexpr int first = spec.strips.low[Strip], second = spec.strips.low[Strip + 1];
-    std::uint32_t w[2][plane::words];
-    plane::load(w[0], words + first, detail::lane_id());
-    plane::load(w[1], words + second, detail::lane_id());
-    detail::for_constants<8>([&](auto index) {
-      constexpr int t = decltype(index)::value / 2, half = decltype(index)::value % 2;
+    const held_words<Strip + 1>& next = words;
+    const auto &first = words.own.low_words, &second = next.own.low_words;
+    detail::for_constants<2>([&](auto index) {
+      constexpr int half = decltype(index)::value;
       const std::uint32_t a[4] = {
-          plane::template in_place<t, 2 * half>(w[0]), plane::template in_place<t, 2 * half + 1>(w[0]),
-          plane::template in_place<t, 2 * half>(w[1]), plane::template in_place<t, 2 * half + 1>(w[1])};
+          plane::template in_place<RowTile, 2 * half>(first), plane::template in_place<RowTile, 2 * half + 1>(first),
+          plane::template in_place<RowTile, 2 * half>(second), plane::template in_place<RowTile, 2 * half + 1>(second)};
       for (int n = 0; n < columns::products; ++n) {
         const std::uint32_t b[2] = {query_[Strip][n][half], query_[Strip + 1][n][half]};
-        detail::mma_u8s8(sum[half][t][n], a, b);
+        detail::mma_u8s8(sum[half][n], a, b);
       }
     });
   }

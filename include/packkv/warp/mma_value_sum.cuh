@@ -132,7 +132,9 @@ class mma_value_sum {
         for (int i = 0; i < lane_rows; ++i) {
           const float x =
               columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1] : sum_[d][i / 2][2 * half + i % 2];
-          sink(columns::row(i), 16 * d + 8 * half + group, width == 0 ? 0.0f : fmaf(x, unit, -centre * zero[i]));
+          // Channels without codes are 0, or NaN like the others.
+          sink(columns::row(i), 16 * d + 8 * half + group,
+               width == 0 ? zero[i] - zero[i] : fmaf(x, unit, -centre * zero[i]));
         }
     });
   }
