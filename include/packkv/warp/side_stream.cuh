@@ -81,12 +81,12 @@ class side_stream {
   __device__ void request() {
     if (next_ >= end_) return;
     if (known_ == 0) look_up();
-    const std::int64_t offset = detail::shuffle(offset_, detail::warp_threads - known_);
-    --known_;
-    if (offset != no_page) {
-      ring_.request({pages_.data + offset, TileBytes});
+    const int lane = detail::warp_threads - known_;
+    if ((found_ >> lane & 1u) != 0) {
+      ring_.request({address_, TileBytes}, {}, 0, lane);
       present_ |= 1u << open_;
     }
+    --known_;
     ++open_;
     next_ += step_;
   }
@@ -95,18 +95,20 @@ class side_stream {
     const int tile = next_ + detail::lane_id() * step_, per_page = pages_.tiles_per_page;
     std::int32_t page = -1;
     if (tile < end_) page = find_page(*pages_.table, pages_.num_pages, b_, tile / per_page, flags_);
-    offset_ = page < 0 ? no_page : page * pages_.page_stride + static_cast<std::int64_t>(tile % per_page) * TileBytes;
+    if (page >= 0)
+      address_ = pages_.data + page * pages_.page_stride + static_cast<std::int64_t>(tile % per_page) * TileBytes;
+    found_ = __ballot_sync(detail::all_lanes, page >= 0);
     known_ = detail::warp_threads;
   }
 
-  static constexpr std::int64_t no_page = -0x7fffffffffffffff - 1;
-
   ring_type ring_;
   side_pages pages_ = {};
-  std::int64_t b_ = 0, offset_ = no_page;
+  std::int64_t b_ = 0;
+  const std::uint8_t* address_ = nullptr;  ///< of the lane's tile of those looked up
   int current_ = 0, next_ = 0, end_ = 0, step_ = 1;
   int known_ = 0, open_ = 0;   ///< tiles looked up and not requested; requested and not released
-  std::uint32_t present_ = 0;  ///< bit i: number i of the latter has a page
+  std::uint32_t found_ = 0;    ///< lanes whose tile has a page
+  std::uint32_t present_ = 0;  ///< bit i: number i of those not released has a page
   std::uint32_t flags_ = 0;
 };
 

@@ -59,22 +59,22 @@ class tile_ring {
 
   /// Starts to copy both pieces, one behind the other, into the stage after the last requested. At most Stages requests
   /// are not released. The pieces together are at most stage_bytes, and the first is not empty. `tag` comes back with
-  /// them.
-  __device__ void request(copy_source first, copy_source second = {}, std::int32_t tag = 0) {
-    std::uint8_t* to = buffers_ + requested_.stage * stage_bytes_;
-    if (detail::lane_id() == 0) storage_.tag[requested_.stage] = tag;
-    if constexpr (Engine == copy_engine::bulk) {
-      detail::mbarrier& full = storage_.full[requested_.stage];
-      if (detail::lane_id() == 0) full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
-      __syncwarp();
-      // A lane for each piece.
-      const bool is_second = detail::lane_id() == 1;
-      const copy_source mine = is_second ? second : first;
-      if (detail::lane_id() < 2 && mine.bytes > 0)
-        detail::bulk_copy(to + (is_second ? first.bytes : 0), mine.data, static_cast<unsigned>(mine.bytes), full);
-    } else {
-      copy(to, first);
-      copy(to + first.bytes, second);
+  /// them. Where the pieces lie and the tag need only be right in lane `lane`.
+  __device__ void request(copy_source first, copy_source second = {}, std::int32_t tag = 0, int lane = 0) {
+    std::uint8_t* const to = buffers_ + requested_.stage * stage_bytes_;
+    if (detail::lane_id() == lane) {
+      storage_.tag[requested_.stage] = tag;
+      if constexpr (Engine == copy_engine::bulk) {
+        detail::mbarrier& full = storage_.full[requested_.stage];
+        full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
+        detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
+        if (second.bytes > 0)
+          detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
+      }
+    }
+    if constexpr (Engine == copy_engine::per_thread) {
+      copy(to, first, lane);
+      copy(to + first.bytes, second, lane);
       detail::commit_copies();
     }
     requested_.next();
@@ -115,9 +115,11 @@ class tile_ring {
     }
   };
 
-  __device__ static void copy(std::uint8_t* to, copy_source from) {
+  __device__ static void copy(std::uint8_t* to, copy_source from, int lane) {
+    if (from.bytes == 0) return;
+    const auto address = detail::shuffle(reinterpret_cast<std::uintptr_t>(from.data), lane);
     for (int i = 16 * detail::lane_id(); i < from.bytes; i += 16 * detail::warp_threads)
-      detail::copy_async<16>(to + i, static_cast<const char*>(from.data) + i);
+      detail::copy_async<16>(to + i, reinterpret_cast<const char*>(address) + i);
   }
   /// All groups but the `waiting_ - 1` latest; how many is a constant of the instruction.
   template <int... Latest>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tiles of one KV head that a warp has to visit, brought into shared memory ahead of their use.
-// One idea: page ids are looked up 32 tiles at a time, a lane each; a tile without a page is passed over.
+// One idea: pages are looked up 32 tiles at a time, a lane each, and that lane requests its tile; a tile without a page
+// is passed over.
 //   tile_stream<Format, 2, Engine> stream(storage, buffers);
 //   stream.open(cache, report, b, head, first, end, step);
 //   while (stream.next(tile, keys, values)) { use them; stream.release(); }
@@ -35,7 +36,7 @@ class tile_stream {
     next_ = first;
     end_ = end;
     step_ = step;
-    known_ = 0;
+    found_ = 0;
 #pragma unroll 1
     for (int i = 0; i < Stages; ++i) request();
   }
@@ -57,38 +58,39 @@ class tile_stream {
  private:
   /// Fetches the next tile that has a page.
   __device__ void request() {
-    for (; next_ < end_; next_ += step_) {
-      if (known_ == 0) look_up();
-      const int lane = detail::warp_threads - known_;
-      const std::int64_t keys = detail::shuffle(key_at_, lane), values = detail::shuffle(value_at_, lane);
-      --known_;
-      if (keys < 0) continue;
-      ring_.request({static_cast<const std::uint8_t*>(cache_->pages.key_data) + keys, key_bytes},
-                    {static_cast<const std::uint8_t*>(cache_->pages.value_data) + values, value_bytes}, next_);
-      next_ += step_;
-      return;
+    while (found_ == 0) {
+      if (next_ >= end_) return;
+      look_up();
     }
+    const int lane = __ffs(static_cast<int>(found_)) - 1, tile = next_ + (lane - detail::warp_threads) * step_;
+    ring_.request({keys_, key_bytes}, {values_, value_bytes}, tile, lane);
+    found_ &= found_ - 1;
   }
   /// Finds where the next 32 tiles lie, a lane each.
   __device__ void look_up() {
     std::uint32_t flags = 0;
     const pages_view& pages = cache_->pages;
-    const int tile = next_ + detail::lane_id() * step_;
-    const std::int64_t page =
-        tile < end_ ? find_page(cache_->table, pages.num_pages, b_, tile / pages.tiles_per_page, flags) : -1;
-    const int slot = tile % pages.tiles_per_page;
-    key_at_ =
-        page < 0 ? -1 : page * pages.key_page_stride + head_ * pages.key_head_stride + slot * std::int64_t{key_bytes};
-    value_at_ = page * pages.value_page_stride + head_ * pages.value_head_stride + slot * std::int64_t{value_bytes};
+    const int tile = next_ + detail::lane_id() * step_, per_page = pages.tiles_per_page;
+    const std::int64_t page = tile < end_ ? find_page(cache_->table, pages.num_pages, b_, tile / per_page, flags) : -1;
+    if (page >= 0) {
+      const std::int64_t slot = tile % per_page;
+      keys_ = static_cast<const std::uint8_t*>(pages.key_data) + page * pages.key_page_stride +
+              head_ * pages.key_head_stride + slot * key_bytes;
+      values_ = static_cast<const std::uint8_t*>(pages.value_data) + page * pages.value_page_stride +
+                head_ * pages.value_head_stride + slot * value_bytes;
+    }
     detail::add_report(report_, flags, 0);
-    known_ = detail::warp_threads;
+    found_ = __ballot_sync(detail::all_lanes, page >= 0);
+    next_ += detail::warp_threads * step_;
   }
 
   ring_type ring_;
   const cache_view* cache_ = nullptr;
   device_report* report_ = nullptr;
-  std::int64_t b_ = 0, key_at_ = -1, value_at_ = 0;  ///< the lane's tile of those looked up; < 0: it has no page
-  int head_ = 0, next_ = 0, end_ = 0, step_ = 1, known_ = 0;
+  std::int64_t b_ = 0;
+  int head_ = 0, next_ = 0, end_ = 0, step_ = 1;            ///< next_: to be looked up
+  const std::uint8_t *keys_ = nullptr, *values_ = nullptr;  ///< the lane's tile of those looked up
+  std::uint32_t found_ = 0;                                 ///< lanes whose tile has a page and is to be requested
 };
 
 }  // namespace packkv::warp
