@@ -26,11 +26,17 @@ kernel::gemv_args make_gemv_args(const cache_view& cache, const input_view<3>& i
   return args;
 }
 
+/// Whether the value kernel has 1 or 2 blocks an SM where it has the choice: few units are joined from many blocks.
+template <int Rows>
+int value_gemv_blocks_per_sm(std::int64_t batch, std::int64_t kv_heads, std::int64_t group) {
+  return policy::fused_blocks_per_sm(fused_units<Rows>(batch, kv_heads, group));
+}
 /// Blocks of a launch of the value kernel over `batch` sequences.
 template <class Format, int Rows>
 std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits,
                                int shared_kib) {
-  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib);
+  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(
+      shared_kib, value_gemv_blocks_per_sm<Rows>(batch, kv_heads, group));
   if (!shape.fits()) return 0;
   if (splits == 0) return policy::gemv_blocks(shape);
   const std::int64_t most =
@@ -80,13 +86,21 @@ status launch_key_gemv(const kernel::fused_gemv_args& all, int shared_kib, const
   const auto shape = kernel::key_gemv_shape<typename Format::key_codec_type, Rows>(shared_kib);
   return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
     return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, Engine, SharedKib>,
-                  grid_for(policy::gemv_blocks(shape)), block_size(shape.warps * warp_threads, shape.shared_bytes),
-                  e.stream, args);
+                  grid_for(policy::gemv_blocks(shape)),
+                  block_size(shape.warps * warp_threads, shape.shared_bytes, shared_kib == 228), e.stream, args);
+  });
+}
+template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, int BlocksPerSm>
+status launch_value_gemv(const kernel::fused_gemv_args& all, int shared_kib, const exec& e, std::int64_t blocks) {
+  using codec = typename Format::value_codec_type;
+  const auto shape = kernel::value_gemv_shape<codec, Rows>(shared_kib, BlocksPerSm);
+  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
+    return launch(kernel::fused_value_gemv<codec, Rows, Engine, SharedKib, BlocksPerSm>, grid_for(blocks),
+                  block_size(shape.warps * warp_threads, shape.shared_bytes, shared_kib == 228), e.stream, args);
   });
 }
 template <class Format, int Rows, warp::copy_engine Engine, int SharedKib>
 status launch_value_gemv(kernel::fused_gemv_args all, int shared_kib, const exec& e, std::int32_t splits) {
-  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib);
   const std::int64_t batch = min_of<std::int64_t>(all.call.cache.batch, block::max_split_sequences);
   const std::int32_t kv_heads = all.call.cache.pages.kv_heads, group = all.call.group;
   if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(batch, kv_heads, group, splits, shared_kib));
@@ -95,10 +109,11 @@ status launch_value_gemv(kernel::fused_gemv_args all, int shared_kib, const exec
   all.counters = static_cast<std::uint32_t*>(e.workspace);
   all.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
   const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits, shared_kib);
-  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
-    return launch(kernel::fused_value_gemv<typename Format::value_codec_type, Rows, Engine, SharedKib>,
-                  grid_for(blocks), block_size(shape.warps * warp_threads, shape.shared_bytes), e.stream, args);
-  });
+  constexpr bool choice = policy::value_gemv_registers(Rows, Format::value_head_dim) == policy::gemv_registers::few;
+  if constexpr (choice)
+    if (value_gemv_blocks_per_sm<Rows>(batch, kv_heads, group) == 2)
+      return launch_value_gemv<Format, Rows, Engine, SharedKib, 2>(all, shared_kib, e, blocks);
+  return launch_value_gemv<Format, Rows, Engine, SharedKib, 1>(all, shared_kib, e, blocks);
 }
 
 inline status no_gemv_fits() {
@@ -130,10 +145,13 @@ status launch_value_gemv(const kernel::fused_gemv_args& args, const exec& e, std
   constexpr int most = policy::value_gemv_rows(16, Format::value_head_dim);
   int kib = SharedKib;
   if constexpr (SharedKib == 0)
-    if (const status s = compiled_shared_kib(kernel::fused_value_gemv<codec, 4, Engine, 0>, kib); !s) return s;
+    if (const status s = compiled_shared_kib(kernel::fused_value_gemv<codec, 4, Engine, 0, 1>, kib); !s) return s;
+  const auto shape_of = [](auto rows) {
+    return [](int shared_kib) { return kernel::value_gemv_shape<codec, decltype(rows)::value>(shared_kib, 1); };
+  };
   switch (fitting_rows(policy::value_gemv_rows(args.call.group, Format::value_head_dim), kib,
-                       kernel::value_gemv_shape<codec, 4>, kernel::value_gemv_shape<codec, 8>,
-                       kernel::value_gemv_shape<codec, most>)) {
+                       shape_of(std::integral_constant<int, 4>{}), shape_of(std::integral_constant<int, 8>{}),
+                       shape_of(std::integral_constant<int, most>{}))) {
     case 4:
       return launch_value_gemv<Format, 4, Engine, SharedKib>(args, kib, e, splits);
     case 8:

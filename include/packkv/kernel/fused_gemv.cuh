@@ -12,7 +12,6 @@
 #include <packkv/warp/scaled_weights.cuh>
 #include <packkv/warp/score_store.cuh>
 #include <packkv/warp/side_stream.cuh>
-#include <packkv/warp/value_sum.cuh>
 
 namespace packkv::kernel {
 
@@ -43,17 +42,18 @@ inline constexpr int key_gemv_fixed_bytes =
     3072;
 inline constexpr int value_gemv_fixed_bytes = static_cast<int>(sizeof(block::sequence_items)) + 3072;
 
-/// How a block is built for SMs that have so much shared memory.
+/// How a block is built for SMs that have so much shared memory, and 1 or 2 blocks an SM, where there is a choice.
 template <class Codec, int Rows>
 PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape key_gemv_shape(int shared_kib) {
   return policy::make_gemv_shape(Codec::spec().tile_bytes(), 0, key_gemv_fixed_bytes<Codec, Rows>,
-                                 policy::key_gemv_registers(Rows), shared_kib);
+                                 policy::key_gemv_registers(Rows), shared_kib, 2);
 }
 template <class Codec, int Rows>
-PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int shared_kib) {
+PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int shared_kib, int blocks_per_sm) {
   constexpr int dim = Codec::spec().head_dim;
   return policy::make_gemv_shape(Codec::spec().tile_bytes(), block::part_merge<dim, Rows, 1>::part_floats * 4,
-                                 value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib);
+                                 value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib,
+                                 blocks_per_sm);
 }
 /// Most blocks of a launch of the value kernel: their factors fit where the tiles were.
 template <int Rows>
@@ -83,6 +83,7 @@ class key_gemv_block {
 
   __device__ static void run(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic) {
     using namespace packkv::detail;
+    wait_for_kernel_before();
     units_type units(a.call, storage.units, false);
     stream_type stream(storage.stream_of[warp_id()], dynamic + warp_id() * shape.warp_bytes);
     while (units.next()) {
@@ -119,13 +120,13 @@ class key_gemv_block {
 };
 
 /// Codec is a static value_codec of kind plan.
-template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib, int BlocksPerSm>
 class value_gemv_block {
  public:
   static constexpr codec_spec spec = Codec::spec();
   static constexpr int dim = spec.head_dim, tile_bytes = spec.tile_bytes();
   using values = warp::mma_value_sum<Codec, Rows>;
-  static constexpr auto shape = value_gemv_shape<Codec, Rows>(SharedKib);
+  static constexpr auto shape = value_gemv_shape<Codec, Rows>(SharedKib, BlocksPerSm);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using units_type = block::gemv_units<Rows, threads>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
@@ -149,6 +150,7 @@ class value_gemv_block {
 
   __device__ void run() {
     using namespace packkv::detail;
+    wait_for_kernel_before();
     units_type units(a_.call, storage_.units, true);
     stream_type stream(storage_.stream_of[warp_id()],
                        reinterpret_cast<std::uint8_t*>(parts_ + warp_id() * part_stride));
@@ -219,13 +221,13 @@ class value_gemv_block {
   __device__ void write(const block::gemv_piece& piece) {
     using namespace packkv::detail;
     const head_parameters head = of_head(Codec::spec(), a_.parameters, piece.head);
+    const auto own = values::head_values::load(head);
     for (int r = warp_id(); r < piece.rows; r += warps) {
       auto row = merge::read_row(joined_, r);
       // Without an offset the sum of the weights does not count, even where it is not finite.
-      warp::value_sum<dim, 1>::finish(
-          Codec::spec(), head, row.channel, head.channel_offset != nullptr ? row.sum : 0.0f, [&](int c, float x) {
-            store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
-          });
+      values::finish(own, row.channel, head.channel_offset != nullptr ? row.sum : 0.0f, [&](int c, float x) {
+        store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
+      });
     }
   }
 
@@ -244,18 +246,20 @@ __global__ void __launch_bounds__(
   constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
   if constexpr (key_gemv_shape<Codec, Rows>(shared_kib).fits()) {
     using block_type = key_gemv_block<Codec, Rows, Engine, shared_kib>;
+    detail::touch_parameters(args);
     __shared__ typename block_type::temp_storage storage;
     block_type::run(args, storage, detail::dynamic_shared());
   }
 }
-template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
+template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib, int BlocksPerSm>
 __global__ void __launch_bounds__(
-    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).warps* detail::warp_threads,
-    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib)).blocks_per_sm)
+    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib), BlocksPerSm).warps* detail::warp_threads,
+    value_gemv_shape<Codec, Rows>(policy::resolved_shared_kib(SharedKib), BlocksPerSm).blocks_per_sm)
     fused_value_gemv(const __grid_constant__ fused_gemv_args args) {
   constexpr int shared_kib = policy::resolved_shared_kib(SharedKib);
-  if constexpr (value_gemv_shape<Codec, Rows>(shared_kib).fits()) {
-    using block_type = value_gemv_block<Codec, Rows, Engine, shared_kib>;
+  if constexpr (value_gemv_shape<Codec, Rows>(shared_kib, BlocksPerSm).fits()) {
+    using block_type = value_gemv_block<Codec, Rows, Engine, shared_kib, BlocksPerSm>;
+    detail::touch_parameters(args);
     __shared__ typename block_type::temp_storage storage;
     block_type(args, storage, detail::dynamic_shared()).run();
   }

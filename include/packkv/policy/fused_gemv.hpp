@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tuning of the GEMV kernels with matrix instructions: warps and stages of a block, and how many blocks share the work.
 // One idea: tiles under way, times their bytes, must cover the latency of the memory; registers decide the rest.
-//   constexpr auto shape = make_gemv_shape(tile_bytes, part_bytes, fixed_bytes, key_gemv_registers(rows));
+//   constexpr auto shape = make_gemv_shape(tile_bytes, part_bytes, fixed_bytes, key_gemv_registers(rows), 228, 2);
 #pragma once
 
 #include <packkv/policy/fused_decode.hpp>
@@ -19,7 +19,7 @@ struct gemv_block_shape {
   PACKKV_HOST_DEVICE constexpr bool fits() const { return stages > 0; }
 };
 
-/// Registers that a thread of a GEMV kernel may use: 2 blocks of 8 warps, 1 of 12, or 1 of 8 fit an SM then.
+/// Registers that a thread of a GEMV kernel may use: 16 warps in 1 or 2 blocks, 12 in one, or 8 in one fit an SM then.
 enum class gemv_registers { few = 128, more = 168, all = 255 };
 
 /// What the kernels need (nvcc 12, sm_90a; measured over plans of all head dims).
@@ -38,12 +38,14 @@ PACKKV_HOST_DEVICE constexpr int value_gemv_rows(std::int64_t group, int head_di
 }
 
 /// Shape for tiles of `tile_bytes`, parts of sums of `part_bytes` (none: 0), a block that needs `fixed_bytes` of shared
-/// memory beside them, and SMs that have `shared_kib`.
+/// memory beside them, SMs that have `shared_kib`, and 1 or 2 blocks an SM, where there is a choice.
 PACKKV_HOST_DEVICE constexpr gemv_block_shape make_gemv_shape(int tile_bytes, int part_bytes, int fixed_bytes,
-                                                              gemv_registers registers, int shared_kib) {
+                                                              gemv_registers registers, int shared_kib,
+                                                              int blocks_per_sm) {
   gemv_block_shape s;
-  s.blocks_per_sm = registers == gemv_registers::few ? 2 : 1;
-  s.warps = registers == gemv_registers::more ? 12 : 8;
+  const bool few = registers == gemv_registers::few;
+  s.blocks_per_sm = few ? blocks_per_sm : 1;
+  s.warps = few && blocks_per_sm == 1 ? 16 : registers == gemv_registers::more ? 12 : 8;
   for (;;) {
     const int room = shared_kib * 1024 / s.blocks_per_sm - shared_bytes_per_block - fixed_bytes - part_bytes;
     const int wanted = ceil_div(bytes_in_flight, s.warps * s.blocks_per_sm * tile_bytes);
