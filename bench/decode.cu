@@ -4,8 +4,8 @@
 // are checked first; a wrong one ends the program.
 //   build/test/bench/decode                                        everything, and a table at the end
 //   build/test/bench/decode --benchmark_filter=decode/two_bit/full  one format and way to store
-// Names: decode/<format>/<storage>/<case> and gemv/<side>/two_bit/<case>. b8_32x8_128k: 8 sequences of 131,072 tokens,
-// 32 query heads, 8 KV heads.
+// Names: decode/<format>/<storage>/<case>, or `family` for a format chosen at run time, and gemv/<side>/two_bit/<case>.
+// b8_32x8_128k: 8 sequences of 131,072 tokens, 32 query heads, 8 KV heads.
 #include <set>
 
 #include "decode_gemv.cuh"
@@ -88,6 +88,42 @@ measured measure_decode(const decode_case& c, storage how) {
   return m;
 }
 
+/// The format chosen at run time from a family, beside the static call on the same copies: that is the peer.
+template <class Family, class Format>
+measured measure_family(const decode_case& c) {
+  timing::stopwatch& watch = *program.watch;
+  const decode_cache<Format> cache(c, storage::full);
+  measured m;
+  cache.template decode_by<Family>(0, watch.stream());
+  require(cudaStreamSynchronize(watch.stream()));
+  std::vector<std::uint16_t> by_family(static_cast<std::size_t>(cache.queries_count())), by_format = by_family;
+  const auto fetch = [&](std::vector<std::uint16_t>& to) {
+    require(cudaMemcpy(to.data(), cache.out(), to.size() * sizeof(std::uint16_t), cudaMemcpyDeviceToHost));
+  };
+  fetch(by_family);
+  cache.decode(0, watch.stream());
+  require(cudaStreamSynchronize(watch.stream()));
+  fetch(by_format);
+  if (by_family != by_format) {
+    std::fprintf(stderr, "%s: the family's result is not the format's\n", c.name.c_str());
+    std::exit(1);
+  }
+  m.bytes = static_cast<double>(cache.copy_bytes);
+  m.coded_bytes = static_cast<double>(cache.coded_bytes);
+  m.values = 2.0 * 64.0 * static_cast<double>(cache.tiles * c.kv_heads) * cache.dim;
+  m.half_bytes = 2.0 * static_cast<double>(cache.values());
+  m.peer_note = "the same format, known at compile time";
+  device_buffer<uint4> sink(1);
+  timing::timed_call call(watch, cache.copies, [&](int i) { cache.template decode_by<Family>(i, watch.stream()); });
+  timing::timed_call fixed(watch, cache.copies, [&](int i) { cache.decode(i, watch.stream()); });
+  const auto ceiling = timing::read_ceiling(watch, cache.pool(), cache.copy_bytes, cache.copy_stride(), cache.copies,
+                                            sink.data(), program.sms);
+  m.rounds = timing::time_calls({&call, &fixed, ceiling.get()});
+  m.graph = call.graph(), m.single = call.single(), m.ceiling = m.peer_ceiling = ceiling->graph();
+  m.peer = fixed.graph(), m.peer_single = fixed.single();
+  return m;
+}
+
 /// Registers what returns a `measured`.
 template <class F>
 void add(const std::string& name, F&& f) {
@@ -152,6 +188,9 @@ void add_all() {
     return std::int64_t{128 * kilo} * (two_bit::key_tile_bytes + two_bit::value_tile_bytes) /
            (f::key_tile_bytes + f::value_tile_bytes) / 64 * 64;
   };
+  using family = pk::format_family<four_bit, low, two_bit>;
+  for (const decode_case& c : {shape("b1_32x8_4k", 1, 8, 4, 4 * kilo), b8})
+    add("decode/two_bit/family/" + c.name, [=] { return measure_family<family, two_bit>(c); });
   add_decode<two_bit_64>("two_bit", shape("b8_32x8_d64", 8, 8, 4, same_bytes(two_bit_64{})));
   add_decode<two_bit_256>("two_bit", shape("b8_32x8_d256", 8, 8, 4, same_bytes(two_bit_256{})));
 

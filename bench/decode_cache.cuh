@@ -121,9 +121,19 @@ class decode_cache {
 
   /// One launch on copy i.
   void decode(int i, cudaStream_t stream) const {
-    require(packkv::decode_attention(
-        packkv::make_input<3>(queries_.data(), packkv::dtype::float16, {of.batch * of.query_len, heads(), dim}),
-        query_begin_.data(), view(i), parameters, output_view(out_.data()), {}, options(), exec(stream)));
+    require(packkv::decode_attention(query_view(), query_begin_.data(), view(i), parameters, output_view(out_.data()),
+                                     {}, options(), exec(stream)));
+  }
+  /// The same with the format chosen at run time from a family of compiled ones.
+  template <class Family>
+  void decode_by(int i, cudaStream_t stream) const {
+    const packkv::parameters<typename Family::runtime_type> chosen{
+        {parameters.format.key(), parameters.format.value()}, parameters.key, parameters.value};
+    require(Family::decode_attention(query_view(), query_begin_.data(), view(i), chosen, output_view(out_.data()), {},
+                                     options(), exec(stream)));
+  }
+  packkv::input_view<3> query_view() const {
+    return packkv::make_input<3>(queries_.data(), packkv::dtype::float16, {of.batch * of.query_len, heads(), dim});
   }
   packkv::output_view<3> output_view(void* data) const {
     return packkv::make_output<3>(data, packkv::dtype::float16, {of.batch * of.query_len, heads(), dim});
