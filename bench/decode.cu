@@ -19,8 +19,7 @@ using plans = pk::cache_format<pk::key_codec<Dim, KeyTransform, pk::rms_scale, K
                                pk::value_codec<Dim, pk::hadamard, pk::rms_scale, ValuePlan>>;
 using two_bit = plans<128, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
 using four_bit = plans<128, pk::plan<4, 4, 4, 4>, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>>;
-// Its keys are sorted by importance: the basis that does so is the caller's, on q and on the keys.
-using low = plans<128, pk::plan<4, 2, 1, 0>, pk::plan<2, 2, 2, 2, 1, 1, 1, 1>, pk::identity>;
+using low = plans<128, pk::plan<4, 2, 1, 0>, pk::plan<2, 2, 2, 2, 1, 1, 1, 1>, pk::basis>;
 using two_bit_64 = plans<64, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2>>;
 using two_bit_256 =
     plans<256, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2>>;

@@ -67,6 +67,21 @@ __global__ void fill_tiles(std::uint8_t* base, std::int64_t tiles, std::int64_t 
   }
 }
 
+/// A dense orthogonal matrix for each KV head, a reflection, if the format wants one: side_parameters::basis.
+inline std::vector<float> random_bases(const packkv::codec_spec& spec, int kv_heads, unsigned seed) {
+  std::vector<float> all;
+  std::mt19937 random(seed);
+  for (int h = 0; h < kv_heads && spec.transform == packkv::transform_kind::basis; ++h) {
+    std::vector<double> axis;
+    for (int c = 0; c < spec.head_dim; ++c) axis.push_back(static_cast<double>(random()) * 0x1p-31 - 1.0);
+    const double norm = std::inner_product(axis.begin(), axis.end(), axis.begin(), 0.0);
+    for (std::size_t i = 0; i < axis.size(); ++i)
+      for (std::size_t c = 0; c < axis.size(); ++c)
+        all.push_back(static_cast<float>((i == c ? 1.0 : 0.0) - 2.0 * axis[i] * axis[c] / norm));
+  }
+  return all;
+}
+
 }  // namespace decode_cache_detail
 
 template <class Format>
@@ -96,12 +111,20 @@ class decode_cache {
         query_begin_(c.batch + 1),
         queries_(queries_count()),
         out_(queries_count()),
+        bases_{decode_cache_detail::random_bases(Format::key(), c.kv_heads, 11),
+               decode_cache_detail::random_bases(Format::value(), c.kv_heads, 12)},
+        device_bases_{device_buffer<float>(static_cast<std::int64_t>(bases_[0].size()) + 1),
+                      device_buffer<float>(static_cast<std::int64_t>(bases_[1].size()) + 1)},
         workspace_bytes_(
             packkv::decode_workspace_bytes<Format>({c.batch, c.kv_heads, heads(), c.query_len, longest(), 0})),
         workspace_(workspace_bytes_ + 256) {
     upload(table_, table);
     upload(lengths_, lengths);
     upload(query_begin_, query_begin);
+    for (int i = 0; i < 2; ++i) {
+      upload(device_bases_[i], bases_[i]);
+      if (!bases_[i].empty()) (i == 0 ? parameters.key : parameters.value).basis = device_bases_[i].data();
+    }
     random_cache_detail::fill_random<256><<<1024, 256>>>(queries_.data(), queries_count(), 777u);
     for (int i = 0; i < copies; ++i) fill(i);
     require(packkv::initialize_workspace(exec(nullptr)));
@@ -148,6 +171,13 @@ class decode_cache {
     return view(pool_.data() + copy_stride() * i, table_.data(), lengths_.data());
   }
 
+  /// `parameters` with arrays of the host.
+  packkv::parameters<Format> host_parameters() const {
+    packkv::parameters<Format> p = parameters;
+    if (!bases_[0].empty()) p.key.basis = bases_[0].data();
+    if (!bases_[1].empty()) p.value.basis = bases_[1].data();
+    return p;
+  }
   /// The cache whose copy, table and lengths lie at these addresses, of the GPU or of the CPU.
   packkv::cache_view view(std::uint8_t* copy, const std::int32_t* page_table, const std::int32_t* seq_lens) const {
     packkv::cache_view c;
@@ -249,6 +279,8 @@ class decode_cache {
   device_buffer<std::uint8_t> pool_;
   device_buffer<std::int32_t> table_, lengths_, query_begin_;
   device_buffer<std::uint16_t> queries_, out_;
+  std::vector<float> bases_[2];
+  device_buffer<float> device_bases_[2];
   std::int64_t workspace_bytes_;
   device_buffer<std::uint8_t> workspace_;
 };

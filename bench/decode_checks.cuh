@@ -100,7 +100,8 @@ void decode_is_right(const decode_case& like, storage how) {
   require(packkv::reference::decode_attention(
       packkv::make_input<3>(queries.data(), packkv::dtype::float16,
                             {small.batch * small.query_len, cache.heads(), cache.dim}),
-      cache.query_begin.data(), view, cache.parameters, cache.output_view(exact.data()), {}, cache.options(), report));
+      cache.query_begin.data(), view, cache.host_parameters(), cache.output_view(exact.data()), {}, cache.options(),
+      report));
   require_close(small.name.c_str(), to_float(out), to_float(exact), cache.dim, query_bound);
 }
 

@@ -51,7 +51,9 @@ outcome calibrate(const npy_array& samples, const npy_array* queries, int thread
     states[static_cast<std::size_t>(h)] = packkv::calibrate::calibrate_head(
         s.spec, x, q,
         {row_or_null(s.permutation, h, s.spec.head_dim), row_or_null(s.column_scale, h, s.spec.head_dim),
-         row_or_null(s.leading_scale, h, s.spec.leading), row_or_null(s.channel_offset, h, s.spec.head_dim)});
+         row_or_null(s.leading_scale, h, s.spec.leading), row_or_null(s.channel_offset, h, s.spec.head_dim),
+         row_or_null(s.basis, h, s.spec.head_dim * s.spec.head_dim),
+         row_or_null(s.basis_inverse, h, s.spec.head_dim * s.spec.head_dim)});
   });
   for (const packkv::status& state : states)
     if (!state) return failure(state.message);
@@ -78,15 +80,17 @@ outcome make_side(side which, const side_choice& choice, step_choice steps, cons
   }
   if (choice.kind != codec_kind::plan) return {};
 
-  const bool permuted = choice.transform == transform_kind::permutation;
-  if (calibration == nullptr && permuted)
-    return failure("transform_" + name + "=permutation needs the --calibrate files");
+  const bool permuted = choice.transform == transform_kind::permutation,
+             has_basis = choice.transform == transform_kind::basis;
+  if (calibration == nullptr && (permuted || has_basis))
+    return failure("transform_" + name + (permuted ? "=permutation" : "=basis") + " needs the --calibrate files");
   if (calibration == nullptr && choice.leading > 0) return failure("leading needs the --calibrate files");
   if (calibration == nullptr && choice.center) return failure("center_" + name + "=1 needs the --calibrate files");
   if (calibration == nullptr) return {};
   const std::size_t heads = static_cast<std::size_t>(data.extent(0)), dim = static_cast<std::size_t>(head_dim);
   if (steps != step_choice::gaussian) s.column_scale.resize(heads * dim);
   if (permuted) s.permutation.resize(heads * dim);
+  if (has_basis) s.basis.resize(heads * dim * dim), s.basis_inverse.resize(heads * dim * dim);
   if (choice.center) s.channel_offset.resize(heads * dim);
   s.leading_scale.resize(heads * static_cast<std::size_t>(choice.leading));
   return calibrate(*calibration, queries, threads, s);
@@ -98,6 +102,7 @@ packkv::side_parameters coded_side::parameters() const {
   packkv::side_parameters p;
   if (!column_scale.empty()) p.column_scale = column_scale.data();
   if (!permutation.empty()) p.permutation = permutation.data();
+  if (!basis.empty()) p.basis = basis.data(), p.basis_inverse = basis_inverse.data();
   if (!leading_scale.empty()) p.leading_scale = leading_scale.data();
   if (!channel_offset.empty()) p.channel_offset = channel_offset.data();
   p.tensor_scale = tensor_scale;
@@ -105,8 +110,9 @@ packkv::side_parameters coded_side::parameters() const {
 }
 
 std::int64_t coded_side::model_bytes() const {
-  return static_cast<std::int64_t>(column_scale.size() * sizeof(float) + permutation.size() * sizeof(std::int16_t) +
-                                   (leading_scale.size() + channel_offset.size()) * sizeof(float));
+  return static_cast<std::int64_t>(
+      column_scale.size() * sizeof(float) + permutation.size() * sizeof(std::int16_t) +
+      (leading_scale.size() + channel_offset.size() + basis.size() + basis_inverse.size()) * sizeof(float));
 }
 
 outcome make_coding(const codec_choice& choice, const kv_cache& cache, const kv_cache* calibration, int threads,

@@ -4,10 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <packkv/codec/parameters.hpp>
 #include <string>
 #include <vector>
-
-#include <packkv/codec/parameters.hpp>
 
 #include "cache.hpp"
 #include "spec.hpp"
@@ -20,6 +19,7 @@ struct coded_side {
   packkv::codec_spec spec;
   std::vector<float> column_scale;
   std::vector<std::int16_t> permutation;
+  std::vector<float> basis, basis_inverse;
   std::vector<float> leading_scale;
   std::vector<float> channel_offset;
   float tensor_scale = 1.0f;
@@ -30,8 +30,8 @@ struct coded_side {
 };
 
 struct coding {
-  std::string text;  ///< the SPEC as given
-  coded_side key, value;         ///< formats of tiles that stand for themselves
+  std::string text;               ///< the SPEC as given
+  coded_side key, value;          ///< formats of tiles that stand for themselves
   whole_cache_codec whole_cache;  ///< formats of whole caches; where set, the sides are not used
 };
 

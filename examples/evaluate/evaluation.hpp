@@ -19,7 +19,7 @@ struct result {
   std::int64_t tokens = 0, coded_tokens = 0;
   double bits_per_value_k = 0.0, bits_per_value_v = 0.0;  ///< every byte of the coded tiles
   double total_bits_per_value = 0.0;                      ///< with sinks and the ring of recent tokens
-  std::int64_t model_bytes = 0;                           ///< static columns, permutations, leading scales of all heads
+  std::int64_t model_bytes = 0;                           ///< static columns, bases, leading scales of all heads
   double error_k = 0.0, error_v = 0.0, error_attention = 0.0, error_attention_max = 0.0;
   std::uint64_t leading_clamps = 0;
   std::vector<std::pair<std::string, double>> figures;  ///< further fields of a format

@@ -13,7 +13,7 @@ namespace {
 
 /// A side's arrays in device memory.
 struct side_memory {
-  device_memory columns, permutation, leading, offset;
+  device_memory columns, permutation, leading, offset, basis, basis_inverse;
   pk::side_parameters parameters;
 
   side_memory(device& d, const gpu_side& side, std::int64_t heads) : parameters(side.parameters) {
@@ -22,6 +22,10 @@ struct side_memory {
     permutation = d.copy(side.parameters.permutation, channels * 2);
     leading = d.copy(side.parameters.leading_scale, heads * side.spec.leading * 4);
     offset = d.copy(side.parameters.channel_offset, channels * 4);
+    basis = d.copy(side.parameters.basis, channels * side.spec.head_dim * 4);
+    basis_inverse = d.copy(side.parameters.basis_inverse, channels * side.spec.head_dim * 4);
+    parameters.basis = static_cast<const float*>(basis.get());
+    parameters.basis_inverse = static_cast<const float*>(basis_inverse.get());
     parameters.column_scale = static_cast<const float*>(columns.get());
     parameters.channel_offset = static_cast<const float*>(offset.get());
     parameters.permutation = static_cast<const std::int16_t*>(permutation.get());

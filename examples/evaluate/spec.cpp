@@ -95,8 +95,10 @@ constexpr key_entry plan_keys[] = {
     {"k", "WIDTHS|fp16|bf16|fp8", "required",
      "bits of each K strip of 32 channels (16 at head_dim 64), or a 16-bit or FP8 side"},
     {"v", "WIDTHS|fp16|bf16|fp8", "required", "bits of each V strip of 16 channels, or a 16-bit or FP8 side"},
-    {"transform_k", "identity|permutation|hadamard", "identity", "basis of K; permutation needs calibration files"},
-    {"transform_v", "identity|permutation|hadamard", "hadamard", "basis of V; permutation needs calibration files"},
+    {"transform_k", "identity|permutation|hadamard|basis", "identity",
+     "basis of K; permutation and basis need calibration files"},
+    {"transform_v", "identity|permutation|hadamard|basis", "hadamard",
+     "basis of V; permutation and basis need calibration files"},
     {"center_k", "0|1", "0", "subtract the mean of each K channel before coding; needs calibration files"},
     {"leading", "0..4", "0", "first K components kept in 8 bits; needs calibration files"},
     {"steps", "gaussian|calibrated", "calibrated with calibration files, else gaussian",
@@ -124,6 +126,8 @@ bool parse_transform(const std::string& text, transform_kind& transform) {
     transform = transform_kind::permutation;
   else if (text == "hadamard")
     transform = transform_kind::hadamard;
+  else if (text == "basis")
+    transform = transform_kind::basis;
   else
     return false;
   return true;

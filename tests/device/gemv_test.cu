@@ -17,7 +17,8 @@ using two_bit = static_format<128, 128, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 
 using mixed =
     static_format<128, 128, pk::plan<4, 3, 1, 0>, pk::plan<8, 4, 3, 2, 2, 1, 1, 0>, pk::permutation, pk::identity, 2>;
 using dim_64 = static_format<64, 64, pk::plan<8, 4, 3, 1>, pk::plan<3, 2, 1, 1>, pk::hadamard, pk::permutation, 4>;
-using dim_192 = static_format<192, 128, pk::plan<4, 2, 2, 1, 1, 0>, pk::plan<1, 1, 1, 1, 1, 1, 1, 1>, pk::identity>;
+using dim_192 =
+    static_format<192, 128, pk::plan<4, 2, 2, 1, 1, 0>, pk::plan<1, 1, 1, 1, 1, 1, 1, 1>, pk::basis, pk::basis>;
 using dim_256 = static_format<256, 256, pk::plan<4, 2, 2, 2, 0, 0, 0, 0>,
                               pk::plan<4, 4, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0>, pk::identity, pk::identity>;
 using no_bits = static_format<64, 64, pk::plan<0, 0, 0, 0>, pk::plan<0, 0, 0, 0>, pk::identity, pk::identity, 1>;

@@ -28,7 +28,7 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
   plan.count = head_dim / pk::strip_channels(which, head_dim);
   for (int i = 0; i < plan.count; ++i) plan.width[i] = widths[random.between(0, 5)];
   std::sort(plan.width, plan.width + plan.count, [](int a, int b) { return a > b; });
-  const auto transform = static_cast<pk::transform_kind>(random.between(0, 2));
+  const auto transform = static_cast<pk::transform_kind>(random.between(0, 3));
   return pk::make_plan_codec(which, head_dim, transform, plan,
                              which == pk::side::key ? random.between(0, pk::max_leading) : 0);
 }
@@ -37,9 +37,9 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
 struct side_data {
   std::vector<float> columns;
   std::vector<std::int16_t> permutation;
-  std::vector<float> leading, offset;
+  std::vector<float> leading, offset, basis, basis_inverse;
   float tensor_scale = 1.0f;
-  device_array<float> device_columns, device_leading, device_offset;
+  device_array<float> device_columns, device_leading, device_offset, device_basis, device_basis_inverse;
   device_array<std::int16_t> device_permutation;
 
   void fill(random_source& random, const pk::codec_spec& spec, int kv_heads) {
@@ -57,22 +57,49 @@ struct side_data {
           std::swap(p[static_cast<std::size_t>(i)], p[static_cast<std::size_t>(random.between(0, i))]);
         permutation.insert(permutation.end(), p.begin(), p.end());
       }
+    for (int h = 0; h < kv_heads && spec.transform == pk::transform_kind::basis; ++h)
+      append_basis(random, spec.head_dim);
     for (int i = 0; i < kv_heads * spec.leading; ++i)
       leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
     if (spec.kind == pk::codec_kind::plan && random.one_in(3))
       for (int i = 0; i < kv_heads * spec.head_dim; ++i) offset.push_back(0.5f * random.normal());
+    device_basis = device_array<float>(basis);
+    device_basis_inverse = device_array<float>(basis_inverse);
     device_offset = device_array<float>(offset);
     device_columns = device_array<float>(columns);
     device_leading = device_array<float>(leading);
     device_permutation = device_array<std::int16_t>(permutation);
   }
   pk::side_parameters host() const {
-    return {columns.empty() ? nullptr : columns.data(), permutation.empty() ? nullptr : permutation.data(),
-            leading.empty() ? nullptr : leading.data(), tensor_scale, offset.empty() ? nullptr : offset.data()};
+    return {columns.empty() ? nullptr : columns.data(),
+            permutation.empty() ? nullptr : permutation.data(),
+            leading.empty() ? nullptr : leading.data(),
+            tensor_scale,
+            offset.empty() ? nullptr : offset.data(),
+            basis.empty() ? nullptr : basis.data(),
+            basis_inverse.empty() ? nullptr : basis_inverse.data()};
   }
   pk::side_parameters device() const {
-    return {device_columns.data(), device_permutation.data(), device_leading.data(), tensor_scale,
-            device_offset.data()};
+    return {device_columns.data(), device_permutation.data(), device_leading.data(),      tensor_scale,
+            device_offset.data(),  device_basis.data(),       device_basis_inverse.data()};
+  }
+
+ private:
+  /// A matrix that is not orthogonal: a reflection times a diagonal.
+  void append_basis(random_source& random, int head_dim) {
+    std::vector<double> axis, size;
+    double norm = 0.0;
+    for (int c = 0; c < head_dim; ++c) {
+      axis.push_back(static_cast<double>(random.normal()));
+      size.push_back(0.5 + random.uniform());
+      norm += axis.back() * axis.back();
+    }
+    for (std::size_t i = 0; i < axis.size(); ++i)
+      for (std::size_t c = 0; c < axis.size(); ++c) {
+        const double reflection = (i == c ? 1.0 : 0.0) - 2.0 * axis[i] * axis[c] / norm;
+        basis.push_back(static_cast<float>(size[i] * reflection));
+        basis_inverse.push_back(static_cast<float>(reflection / size[c]));
+      }
   }
 };
 

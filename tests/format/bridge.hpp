@@ -31,6 +31,7 @@ inline packkv::codec_spec spec_of(const clean::description& f) {
   for (const int width : f.widths) widths.width[widths.count++] = static_cast<std::uint8_t>(width);
   const packkv::transform_kind turn = f.turn == clean::transform::identity      ? packkv::transform_kind::identity
                                       : f.turn == clean::transform::permutation ? packkv::transform_kind::permutation
+                                      : f.turn == clean::transform::basis       ? packkv::transform_kind::basis
                                                                                 : packkv::transform_kind::hadamard;
   return packkv::make_plan_codec(which, f.head_dim, turn, widths, f.leading);
 }
@@ -54,6 +55,14 @@ struct side_arrays {
   explicit side_arrays(const clean::description& f) : permutation(f.permutation.begin(), f.permutation.end()) {
     if (!f.column_scale.empty()) view.column_scale = f.column_scale.data();
     if (!permutation.empty()) view.permutation = permutation.data();
+    if (!f.basis.empty()) {  // orthogonal here: the inverse of each head's matrix is its transpose
+      const auto n = static_cast<std::size_t>(f.head_dim);
+      for (std::size_t i = 0; i < f.basis.size(); ++i) {
+        inverse.push_back(f.basis[i / (n * n) * n * n + i % n * n + i / n % n]);
+      }
+      view.basis = f.basis.data();
+      view.basis_inverse = inverse.data();
+    }
     if (!f.leading_scale.empty()) view.leading_scale = f.leading_scale.data();
     if (!f.channel_offset.empty()) view.channel_offset = f.channel_offset.data();
     view.tensor_scale = f.tensor_scale;
@@ -62,6 +71,7 @@ struct side_arrays {
   side_arrays& operator=(const side_arrays&) = delete;
 
   std::vector<std::int16_t> permutation;
+  std::vector<float> inverse;
   packkv::side_parameters view;
 };
 

@@ -21,7 +21,7 @@ namespace clean {
 
 enum class side { key, value };
 enum class kind { plan, fp16, bf16, fp8 };
-enum class transform { identity, permutation, hadamard };
+enum class transform { identity, permutation, hadamard, basis };
 
 /// All that is not in the bytes of a tile.
 struct description {
@@ -33,6 +33,7 @@ struct description {
   transform turn = transform::identity;
   std::vector<float> column_scale;    ///< plan: one per channel; empty: the default step of the width
   std::vector<int> permutation;       ///< plan, transform::permutation: one per channel
+  std::vector<float> basis;           ///< plan, transform::basis: a row of head_dim per transformed channel
   std::vector<float> leading_scale;   ///< plan: one per leading component
   float tensor_scale = 1.0f;          ///< fp8
   std::vector<float> channel_offset;  ///< plan: one per channel, original order; empty: none
@@ -322,6 +323,15 @@ inline token decode_plan(const std::uint8_t* tile, const description& f, int t) 
   if (f.turn == transform::hadamard) hadamard(out.channels);
   if (f.turn == transform::permutation) {
     for (std::size_t c = 0; c < channels; ++c) out.channels[static_cast<std::size_t>(f.permutation[c])] = y[c];
+  }
+  if (f.turn == transform::basis) {
+    out.channels.assign(channels, 0.0f);
+    for (std::size_t i = 0; i < channels; ++i) {
+      for (std::size_t c = 0; c < channels; ++c) {
+        const float part = y[i] * f.basis[i * channels + c];
+        out.channels[c] = out.channels[c] + part;
+      }
+    }
   }
   for (std::size_t c = 0; c < f.channel_offset.size(); ++c) out.channels[c] = out.channels[c] + f.channel_offset[c];
   if (row_scale != row_scale) out.channels.assign(channels, std::numeric_limits<float>::quiet_NaN());

@@ -20,7 +20,7 @@ namespace golden {
 
 constexpr const char* side_names[] = {"key", "value"};
 constexpr const char* kind_names[] = {"plan", "fp16", "bf16", "fp8"};
-constexpr const char* transform_names[] = {"identity", "permutation", "hadamard"};
+constexpr const char* transform_names[] = {"identity", "permutation", "hadamard", "basis"};
 
 /// FNV-1a, 64 bits.
 class fnv {
@@ -60,6 +60,7 @@ struct one_side {
     };
     cut(d.column_scale, d.head_dim);
     cut(d.permutation, d.head_dim);
+    cut(d.basis, d.head_dim * d.head_dim);
     cut(d.leading_scale, d.leading);
     cut(d.channel_offset, d.head_dim);
     return d;

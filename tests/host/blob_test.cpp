@@ -279,8 +279,16 @@ TEST_CASE("the id of parameters depends on every array that the format reads", "
   p.value.tensor_scale = 0.25f;
   p.key.tensor_scale = 3.0f;  // not read by a plan
   CHECK(pk::parameters_id(p, 2) == id);
+  arrays.offset[0][5] += 1.0f;
+  CHECK(pk::parameters_id(p, 2) != id);
+  arrays.offset[0][5] -= 1.0f;
   p.key.column_scale = nullptr;
   CHECK(pk::parameters_id(p, 2) != id);
+  f.key_spec.transform = pk::transform_kind::basis;
+  p = arrays.make(f, 2, random, true);
+  const std::uint64_t with_basis = pk::parameters_id(p, 2);
+  arrays.basis[0].back() *= 2.0f;
+  CHECK(pk::parameters_id(p, 2) != with_basis);
 }
 
 TEST_CASE("wrong arguments of the blob calls are refused and nothing is written", "[blob]") {

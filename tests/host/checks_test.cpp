@@ -207,7 +207,13 @@ TEST_CASE("bad codecs and parameters are refused before anything is written", "[
   REFUSES(all, code::unsupported, c.params.format.value_spec.leading = 1);
   REFUSES(all, code::invalid_argument, c.params.format.key_spec.leading = 1);  // no leading_scale
   REFUSES(all, code::invalid_argument,
-          c.params.format.key_spec.transform = pk::transform_kind::permutation);  // none given
+          c.params.format.key_spec.transform = pk::transform_kind::permutation);                         // none given
+  REFUSES(all, code::invalid_argument, c.params.format.key_spec.transform = pk::transform_kind::basis);  // none given
+  alignas(16) static float matrix[65 * 64] = {};
+  REFUSES(all, code::misaligned, c.params.value.basis = matrix + 1);
+  const std::initializer_list<entry> encoders = {&call::compress, &call::store};
+  REFUSES(encoders, code::invalid_argument,
+          (c.params.format.value_spec.transform = pk::transform_kind::basis, c.params.value.basis = matrix));
   REFUSES(all, code::invalid_argument, c.params.format.key_spec.kind = static_cast<pk::codec_kind>(9));
   REFUSES(all, code::unsupported, c.params.format.value_spec.kind = pk::codec_kind::fp8);  // keeps its transform
   for (const float scale : {0.0f, -1.0f, NAN, INFINITY})

@@ -39,6 +39,14 @@ struct ownership {
   std::vector<std::vector<std::uint8_t>> token;
 };
 
+/// y becomes y times the matrix m, row by row.
+void naive_product(const float* m, std::vector<double>& y) {
+  std::vector<double> out(y.size(), 0.0);
+  for (std::size_t r = 0; r < y.size(); ++r)
+    for (std::size_t c = 0; c < y.size(); ++c) out[c] += y[r] * static_cast<double>(m[r * y.size() + c]);
+  y = out;
+}
+
 void naive_hadamard(std::vector<double>& x) {
   const std::size_t block = x.size() & (~x.size() + 1);
   for (std::size_t stride = 1; stride < block; stride *= 2)
@@ -79,6 +87,8 @@ std::vector<double> naive_round_trip(const pk::codec_spec& spec, const pk::side_
     y[c] = x[from] - offset;
   }
   if (spec.transform == pk::transform_kind::hadamard) naive_hadamard(y);
+  if (spec.transform == pk::transform_kind::basis)
+    naive_product(p.basis_inverse + static_cast<std::size_t>(head) * dim * dim, y);
   const auto leading = static_cast<std::size_t>(spec.leading);
   double squares = 0.0;
   for (std::size_t c = leading; c < dim; ++c) squares += y[c] * y[c];
@@ -105,6 +115,8 @@ std::vector<double> naive_round_trip(const pk::codec_spec& spec, const pk::side_
     y[c] = step * (code - (levels - 1) / 2);
   }
   if (spec.transform == pk::transform_kind::hadamard) naive_hadamard(y);
+  if (spec.transform == pk::transform_kind::basis)
+    naive_product(p.basis + static_cast<std::size_t>(head) * dim * dim, y);
   for (std::size_t c = 0; c < dim; ++c)
     out[spec.transform == pk::transform_kind::permutation ? static_cast<std::size_t>(order[c]) : c] = y[c];
   for (std::size_t c = 0; c < dim && p.channel_offset != nullptr; ++c)

@@ -53,6 +53,28 @@ double coding_error(const codec_spec& spec, const packkv::detail::head_parameter
   return error / energy;
 }
 
+/// Mean squared error of the queries' products with coded tokens.
+double score_error(const codec_spec& spec, const packkv::detail::head_parameters& head, const std::vector<float>& x,
+                   const std::vector<float>& queries) {
+  std::vector<std::uint32_t> tile(static_cast<std::size_t>(spec.tile_bytes()) / 4);
+  auto* bytes = reinterpret_cast<std::uint8_t*>(tile.data());
+  double sum = 0.0;
+  float y[max_head_dim];
+  for (std::size_t t = 0; t < x.size() / dim; ++t) {
+    device_report report;
+    reference::encode_token(spec, head, x.data() + t * dim, 0, bytes, report);
+    reference::decode_token(spec, head, bytes, 0, y);
+    for (std::size_t q = 0; q < queries.size() / dim; ++q) {
+      double score = 0.0;
+      for (std::size_t c = 0; c < dim; ++c)
+        score += static_cast<double>(queries[q * dim + c]) *
+                 (static_cast<double>(x[t * dim + c]) - static_cast<double>(y[c]));
+      sum += score * score;
+    }
+  }
+  return sum / static_cast<double>(x.size() / dim * (queries.size() / dim));
+}
+
 }  // namespace
 
 TEST_CASE("calibrate: with an offset, constant channel biases cost nothing, and the offset is the mean") {
@@ -128,6 +150,74 @@ TEST_CASE("calibrate: steps follow unequal channels and lower the error on other
   CAPTURE(uncalibrated, calibrated, sorted);
   CHECK(calibrated < 0.5 * uncalibrated);
   CHECK(sorted < 0.5 * calibrated);
+}
+
+TEST_CASE("calibrate: a basis separates what is mixed, follows the queries and comes with its inverse") {
+  // Tokens are few strong directions, mixed by a reflection; queries look at 16 channels.
+  std::vector<float> sigma(dim, 0.05f), axis(dim);
+  for (int c = 0; c < 8; ++c) sigma[static_cast<std::size_t>(c)] = 4.0f;
+  double norm = 0.0;
+  for (int c = 0; c < dim; ++c) {
+    axis[static_cast<std::size_t>(c)] = 1.0f + 0.1f * static_cast<float>(c % 11);
+    norm += std::pow(static_cast<double>(axis[static_cast<std::size_t>(c)]), 2);
+  }
+  const auto reflected = [&](std::vector<float> x) {
+    for (std::size_t t = 0; t < x.size() / dim; ++t) {
+      double along = 0.0;
+      for (std::size_t c = 0; c < dim; ++c) along += static_cast<double>(x[t * dim + c]) * static_cast<double>(axis[c]);
+      for (std::size_t c = 0; c < dim; ++c)
+        x[t * dim + c] -= static_cast<float>(2.0 * along * static_cast<double>(axis[c]) / norm);
+    }
+    return x;
+  };
+  const std::vector<float> x = reflected(gaussian_tokens(1000, sigma, 31)),
+                           other = reflected(gaussian_tokens(300, sigma, 32));
+  std::vector<float> query_sigma(dim, 0.0f);
+  for (int c = 0; c < 16; ++c) query_sigma[static_cast<std::size_t>(c)] = 3.0f;
+  const std::vector<float> queries = gaussian_tokens(200, query_sigma, 33);
+  const auto query_view = make_input<3>(queries.data(), dtype::float32, {2, 100, dim});
+
+  const codec_spec spec = key_spec(transform_kind::basis, {4, 2, 1, 0}),
+                   plain = key_spec(transform_kind::identity, {2, 2, 2, 2});
+  constexpr auto size = static_cast<std::size_t>(dim) * dim;
+  std::vector<float> steps(dim), plain_steps(dim), basis(size), inverse(size);
+  REQUIRE(calibrate::calibrate_head(spec, rows_of(x), {},
+                                    {nullptr, steps.data(), nullptr, nullptr, basis.data(), inverse.data()}));
+  REQUIRE(calibrate::calibrate_head(plain, rows_of(x), {}, {nullptr, plain_steps.data(), nullptr}));
+  const auto product_error = [&] {
+    double worst = 0.0;
+    for (std::size_t i = 0; i < dim; ++i)
+      for (std::size_t j = 0; j < dim; ++j) {
+        double sum = 0.0;
+        for (std::size_t c = 0; c < dim; ++c)
+          sum += static_cast<double>(basis[i * dim + c]) * static_cast<double>(inverse[c * dim + j]);
+        worst = std::max(worst, std::fabs(sum - (i == j ? 1.0 : 0.0)));
+      }
+    return worst;
+  };
+  CHECK(product_error() < 1e-4);
+  for (std::size_t i = 0; i < dim; ++i)  // without queries the basis is orthogonal
+    for (std::size_t c = 0; c < dim; ++c) REQUIRE(std::fabs(basis[i * dim + c] - inverse[c * dim + i]) < 1e-5f);
+  const auto head = [&] {
+    packkv::detail::head_parameters p;
+    p.column_scale = steps.data(), p.basis = basis.data(), p.basis_inverse = inverse.data();
+    return p;
+  };
+  CHECK(coding_error(spec, head(), other) < 0.5 * coding_error(plain, {plain_steps.data()}, other));
+
+  // Tokens alike in all directions: only the queries say what matters.
+  const std::vector<float> alike = gaussian_tokens(1000, std::vector<float>(dim, 1.0f), 34);
+  const auto error_of_scores = [&](const input_view<3>& seen) {
+    REQUIRE(calibrate::calibrate_head(spec, rows_of(alike), seen,
+                                      {nullptr, steps.data(), nullptr, nullptr, basis.data(), inverse.data()}));
+    CHECK(product_error() < 1e-4);
+    return score_error(spec, head(), alike, queries);
+  };
+  const double without = error_of_scores({}), with = error_of_scores(query_view);
+  CAPTURE(without, with);
+  CHECK(with < 0.2 * without);
+  CHECK_FALSE(calibrate::calibrate_head(spec, rows_of(x), query_view,
+                                        {nullptr, steps.data(), nullptr, nullptr, basis.data(), nullptr}));
 }
 
 TEST_CASE("calibrate: what it writes is finite and positive for dead, constant and non-finite data") {

@@ -299,9 +299,27 @@ class table {
   std::vector<std::int32_t> entries_, indptr_;
 };
 
-/// Parameters that a pair of codecs may need, for kv_heads heads: random permutations, column and leading scales.
+/// Appends a random basis [head_dim, head_dim] that is not orthogonal, and its inverse: a reflection times a diagonal.
+inline void append_basis(random_source& random, int head_dim, std::vector<float>& basis, std::vector<float>& inverse) {
+  std::vector<double> axis, size;
+  double norm = 0.0;
+  for (int c = 0; c < head_dim; ++c) {
+    axis.push_back(static_cast<double>(random.normal()));
+    size.push_back(0.5 + random.uniform());
+    norm += axis.back() * axis.back();
+  }
+  for (std::size_t i = 0; i < axis.size(); ++i)
+    for (std::size_t c = 0; c < axis.size(); ++c) {
+      const double reflection = (i == c ? 1.0 : 0.0) - 2.0 * axis[i] * axis[c] / norm;
+      basis.push_back(static_cast<float>(size[i] * reflection));
+      inverse.push_back(static_cast<float>(reflection / size[c]));
+    }
+}
+
+/// Parameters that a pair of codecs may need, for kv_heads heads: random bases, permutations, column and leading
+/// scales.
 struct parameter_arrays {
-  std::vector<float> column[2], leading[2], offset[2];
+  std::vector<float> column[2], leading[2], offset[2], basis[2], basis_inverse[2];
   std::vector<std::int16_t> order[2];
 
   template <class Format>
@@ -317,6 +335,7 @@ struct parameter_arrays {
   void fill(int i, const pk::codec_spec& spec, pk::side_parameters& p, int kv_heads, random_source& random,
             bool columns) {
     column[i].clear(), leading[i].clear(), order[i].clear(), offset[i].clear();
+    basis[i].clear(), basis_inverse[i].clear();
     for (int h = 0; h < kv_heads; ++h) {
       std::vector<std::int16_t> row;
       for (int c = 0; c < spec.head_dim; ++c) row.push_back(static_cast<std::int16_t>(c));
@@ -326,7 +345,12 @@ struct parameter_arrays {
       for (int c = 0; c < spec.head_dim; ++c) offset[i].push_back(static_cast<float>(4.0 * random.uniform() - 2.0));
       for (int c = 0; c < spec.leading; ++c) leading[i].push_back(static_cast<float>(0.02 + 0.02 * random.uniform()));
     }
-    if (spec.kind == pk::codec_kind::plan && columns) p.column_scale = column[i].data(), p.channel_offset = offset[i].data();
+    if (spec.transform == pk::transform_kind::basis) {
+      for (int h = 0; h < kv_heads; ++h) append_basis(random, spec.head_dim, basis[i], basis_inverse[i]);
+      p.basis = basis[i].data(), p.basis_inverse = basis_inverse[i].data();
+    }
+    if (spec.kind == pk::codec_kind::plan && columns)
+      p.column_scale = column[i].data(), p.channel_offset = offset[i].data();
     if (spec.transform == pk::transform_kind::permutation) p.permutation = order[i].data();
     if (spec.leading > 0) p.leading_scale = leading[i].data();
     if (spec.kind == pk::codec_kind::fp8) p.tensor_scale = 0.25f;
@@ -343,7 +367,7 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
     case 2:
       return pk::make_element_codec(pk::codec_kind::fp8, head_dim);
     default:
-      return pk::make_plan_codec(which, head_dim, static_cast<pk::transform_kind>(random.below(3)),
+      return pk::make_plan_codec(which, head_dim, static_cast<pk::transform_kind>(random.below(4)),
                                  random_plan(random, which, head_dim),
                                  which == pk::side::key ? random.below(pk::max_leading + 1) : 0);
   }

@@ -59,6 +59,19 @@ void set_random_parameters(random_source& random, int heads, clean::description&
     for (int c = 0; c < f.head_dim && calibrated; ++c) f.column_scale.push_back(3.0f * random.fraction());
     for (int i = 0; i < f.leading; ++i) f.leading_scale.push_back(0.25f * random.fraction());
     for (int c = 0; c < f.head_dim && calibrated; ++c) f.channel_offset.push_back(2.0f * random.fraction() - 1.0f);
+    if (f.turn == clean::transform::basis) {  // a reflection
+      std::vector<float> axis;
+      float square = 0.0f;
+      for (int c = 0; c < f.head_dim; ++c) {
+        axis.push_back(random.fraction() - 0.5f);
+        square += axis.back() * axis.back();
+      }
+      for (std::size_t i = 0; i < axis.size(); ++i) {
+        for (std::size_t c = 0; c < axis.size(); ++c) {
+          f.basis.push_back((i == c ? 1.0f : 0.0f) - 2.0f * axis[i] * axis[c] / square);
+        }
+      }
+    }
     if (f.turn != clean::transform::permutation) continue;
     std::vector<int> row(static_cast<std::size_t>(f.head_dim));
     std::iota(row.begin(), row.end(), 0);
@@ -184,7 +197,8 @@ clean::token decode_by_text(const std::uint8_t* tile, const golden::one_side& si
 
 TEST_CASE("a decoder written from docs/format.md gives the bits of the reference for every plan", "[format]") {
   const int head_dim = GENERATE(from_range(std::begin(head_dims), std::end(head_dims)));
-  const auto turn = GENERATE(clean::transform::identity, clean::transform::permutation, clean::transform::hadamard);
+  const auto turn = GENERATE(clean::transform::identity, clean::transform::permutation, clean::transform::hadamard,
+                             clean::transform::basis);
   const int leading = GENERATE(range(0, 5));
   const bool calibrated = GENERATE(false, true);
   for (std::uint32_t repeat = 0; repeat < 3; ++repeat) {
@@ -232,7 +246,7 @@ TEST_CASE("both decoders agree on tiles of arbitrary bits: every code, every ele
       side.format.coding = coding;
       side.format.tensor_scale = 0.25f * random.fraction();
       if (coding != clean::kind::plan) continue;
-      side.format.turn = static_cast<clean::transform>(random.below(3));
+      side.format.turn = static_cast<clean::transform>(random.below(4));
       if (side.format.of == clean::side::key) side.format.leading = random.below(5);
       set_random_plan(random, side.format);
       set_random_parameters(random, p.heads, side.format, repeat % 2 != 0);

@@ -46,7 +46,7 @@ TEST_CASE("the Hadamard transform equals the matrix in double and keeps the norm
     for (int round = 0; round < 8; ++round) {
       const std::vector<float> x = random_token(random, d);
       std::vector<float> y(x.size());
-      pk::detail::transform_forward(pk::transform_kind::hadamard, nullptr, d, x.data(), y.data());
+      pk::detail::transform_forward(pk::transform_kind::hadamard, {}, d, x.data(), y.data());
       double norm_x = 0.0, norm_y = 0.0, worst = 0.0;
       for (int i = 0; i < d; ++i) {
         double expected = 0.0;
@@ -94,8 +94,8 @@ TEST_CASE("the inverse of each transform undoes it", "[transform]") {
     std::vector<float> y(x.size()), back(x.size());
     for (const auto kind :
          {pk::transform_kind::identity, pk::transform_kind::permutation, pk::transform_kind::hadamard}) {
-      pk::detail::transform_forward(kind, order.data(), d, x.data(), y.data());
-      pk::detail::transform_inverse(kind, order.data(), d, y.data(), back.data());
+      pk::detail::transform_forward(kind, {order.data()}, d, x.data(), y.data());
+      pk::detail::transform_inverse(kind, {order.data()}, d, y.data(), back.data());
       if (kind != pk::transform_kind::hadamard) {
         CHECK((back == x));
         int wrong = 0;
@@ -111,5 +111,32 @@ TEST_CASE("the inverse of each transform undoes it", "[transform]") {
       }
       CHECK(std::sqrt(error / norm) < 1e-6);
     }
+  }
+}
+
+TEST_CASE("a basis is the matrix product in double, and its inverse undoes it", "[transform]") {
+  for (const int d : head_dims) {
+    const std::uint64_t seed = seed_of(500 + static_cast<std::uint64_t>(d));
+    INFO("seed " << seed << " head_dim " << d);
+    random_source random(seed);
+    const auto n = static_cast<std::size_t>(d);
+    std::vector<float> basis, inverse;
+    append_basis(random, d, basis, inverse);
+    const pk::transform_data data{nullptr, basis.data(), inverse.data()};
+    const std::vector<float> x = random_token(random, d);
+    std::vector<float> y(n), back(n);
+    pk::detail::transform_forward(pk::transform_kind::basis, data, d, x.data(), y.data());
+    pk::detail::transform_inverse(pk::transform_kind::basis, data, d, y.data(), back.data());
+    double norm = 0.0, worst = 0.0, error = 0.0;
+    for (std::size_t i = 0; i < n; ++i) {
+      double expected = 0.0;
+      for (std::size_t c = 0; c < n; ++c)
+        expected += static_cast<double>(x[c]) * static_cast<double>(inverse[c * n + i]);
+      worst = std::fmax(worst, std::fabs(expected - static_cast<double>(y[i])));
+      norm += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+      error += std::pow(static_cast<double>(back[i]) - static_cast<double>(x[i]), 2);
+    }
+    CHECK(worst < 1e-5 * std::sqrt(norm));
+    CHECK(std::sqrt(error) < 1e-5 * std::sqrt(norm));
   }
 }

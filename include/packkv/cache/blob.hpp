@@ -150,6 +150,10 @@ inline std::uint64_t parameters_id(const parameters<Format>& p, std::int32_t kv_
     add(coded ? s.column_scale : nullptr, channels * static_cast<std::int64_t>(sizeof(float)));
     add(spec.transform == transform_kind::permutation ? s.permutation : nullptr,
         channels * static_cast<std::int64_t>(sizeof(std::int16_t)));
+    if (coded && s.channel_offset != nullptr)
+      add(s.channel_offset, channels * static_cast<std::int64_t>(sizeof(float)));
+    if (spec.transform == transform_kind::basis)
+      add(s.basis, channels * spec.head_dim * static_cast<std::int64_t>(sizeof(float)));
     add(spec.leading > 0 ? s.leading_scale : nullptr,
         static_cast<std::int64_t>(kv_heads) * spec.leading * static_cast<std::int64_t>(sizeof(float)));
     add(spec.kind == codec_kind::fp8 ? &s.tensor_scale : nullptr, static_cast<std::int64_t>(sizeof(float)));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calibrates a plan codec's static data on real keys or values of one KV head: permutation, steps, leading scales.
+// Calibrates a plan codec's static data on real keys or values of one KV head: basis or permutation, steps, leading
+// scales.
 // One idea: each channel gets the step with the least error on tokens divided by their row scale, as they will be
 // coded.
 //   status s = calibrate::calibrate_head(spec, keys, queries, {permutation, column_scale, leading_scale, offset});
@@ -8,25 +9,24 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <packkv/calibrate/basis.hpp>
 #include <packkv/codec/quantize.hpp>
-#include <packkv/codec/transform.hpp>
-#include <packkv/core/views.hpp>
-#include <vector>
 
 namespace packkv::calibrate {
 
 /// Where calibrate_head writes one head's row of the arrays of side_parameters; null pointers skip a part, except
-/// that a permutation codec needs `permutation`.
+/// that a permutation codec needs `permutation` and a basis codec both matrices.
 struct head_output {
   std::int16_t* permutation = nullptr;  ///< [head_dim]
   float* column_scale = nullptr;        ///< [head_dim], in the order of the transformed channels
   float* leading_scale = nullptr;       ///< [spec.leading]
   float* channel_offset = nullptr;      ///< [head_dim], original basis; null: the codec has no offset
+  float* basis = nullptr;               ///< [head_dim, head_dim]
+  float* basis_inverse = nullptr;       ///< [head_dim, head_dim]
 };
 
-inline constexpr std::int64_t max_samples = 8192;  ///< tokens looked at, evenly spaced
-inline constexpr float smallest_step = 1e-6f;      ///< step of a channel that was always zero
-inline constexpr double leading_reach = 4.0;       ///< an 8-bit leading component covers 4 sigma
+inline constexpr float smallest_step = 1e-6f;  ///< step of a channel that was always zero
+inline constexpr double leading_reach = 4.0;   ///< an 8-bit leading component covers 4 sigma
 
 /// Steps tried for each channel: the Gaussian-optimal one times 0.3, 0.35, ... 2.2. Mean attention error, calibrated on
 /// textA and judged on textB (Qwen2.5-Coder-1.5B | Gemma 3 270M, 2 bits, 16 sinks, 64 recent): one multiplier per
@@ -37,51 +37,10 @@ inline constexpr int step_tries = 39;
 
 namespace detail {
 
-/// Up to max_samples tokens as floats [count, head_dim]; tokens with a non-finite channel are left out.
-struct samples {
-  int head_dim = 0;
-  std::int64_t count = 0;
-  std::vector<float> x;
-
-  const float* token(std::int64_t t) const { return x.data() + t * head_dim; }
-  float* token(std::int64_t t) { return x.data() + t * head_dim; }
-};
-
-inline void append_rows(samples& s, const input_view<2>& rows, std::int64_t limit) {
-  const std::int64_t n = min_of(limit, rows.extent[0]);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::int64_t t = i * (rows.extent[0] / n) + i * (rows.extent[0] % n) / n;  // floor(i * tokens / n)
-    bool finite = true;
-    for (int c = 0; c < s.head_dim; ++c) {
-      const float value = packkv::detail::load_element(packkv::detail::address(rows, t, c), rows.type);
-      finite = finite && packkv::detail::is_finite(value);
-      s.x.push_back(value);
-    }
-    if (finite)
-      ++s.count;
-    else
-      s.x.resize(static_cast<std::size_t>(s.count) * static_cast<std::size_t>(s.head_dim));
-  }
-}
-
-/// The queries [heads of the group, n, head_dim] as one list of rows.
-inline samples load_queries(const input_view<3>& queries, int head_dim) {
-  samples s{head_dim, 0, {}};
-  if (queries.data == nullptr) return s;
-  for (std::int64_t g = 0; g < queries.extent[0]; ++g) {
-    input_view<2> rows;
-    rows.data = static_cast<const char*>(queries.data) + g * queries.stride[0];
-    rows.type = queries.type;
-    for (int i = 0; i < 2; ++i) rows.extent[i] = queries.extent[i + 1], rows.stride[i] = queries.stride[i + 1];
-    append_rows(s, rows, max_of<std::int64_t>(1, max_samples / queries.extent[0]));
-  }
-  return s;
-}
-
-inline void transform_all(samples& s, transform_kind kind, const std::int16_t* permutation) {
+inline void transform_all(samples& s, transform_kind kind, const transform_data& data) {
   std::vector<float> y(static_cast<std::size_t>(s.head_dim));
   for (std::int64_t t = 0; t < s.count; ++t) {
-    packkv::detail::transform_forward(kind, permutation, s.head_dim, s.token(t), y.data());
+    packkv::detail::transform_forward(kind, data, s.head_dim, s.token(t), y.data());
     std::copy(y.begin(), y.end(), s.token(t));
   }
 }
@@ -186,6 +145,8 @@ inline status check_calibration(const codec_spec& spec, const input_view<2>& x, 
   if (x.extent[1] != spec.head_dim) return refuse(status_code::shape_mismatch, "samples and codec differ in head_dim");
   if (spec.transform == transform_kind::permutation && out.permutation == nullptr)
     return refuse(status_code::invalid_argument, "a permutation codec needs head_output::permutation");
+  if (spec.transform == transform_kind::basis && (out.basis == nullptr || out.basis_inverse == nullptr))
+    return refuse(status_code::invalid_argument, "a basis codec needs head_output::basis and basis_inverse");
   if (queries.data == nullptr) return {};
   if (const status s = packkv::detail::check_view(queries); !s) return s;
   if (queries.extent[0] < 1 || queries.extent[1] < 1)
@@ -210,6 +171,7 @@ inline void channel_order(const input_view<2>& x, const input_view<3>& queries, 
 /// queries [heads of the group, n, head_dim] order the channels of keys; pass a null view for values.
 /// - channel_offset (if asked for): the mean of each channel; all that follows sees centred channels;
 /// - permutation (permutation transform only): channel_order;
+/// - basis and basis_inverse (basis transform only): weighted_basis of the tokens and queries (calibrate/basis.hpp);
 /// - column_scale: for each channel of y / row (row: the token's stored row scale) the step with the least squared
 ///   error among multiples of sigma * gaussian_step(width); always finite and > 0;
 /// - leading_scale: 4 sigma / 127 of the component, at least the smallest normal float.
@@ -221,7 +183,8 @@ inline status calibrate_head(const codec_spec& spec, const input_view<2>& x, con
   detail::append_rows(tokens, x, max_samples);
   if (out.channel_offset != nullptr) detail::centre(tokens, out.channel_offset);
   if (spec.transform == transform_kind::permutation) detail::order_channels(tokens, queries, out.permutation);
-  detail::transform_all(tokens, spec.transform, out.permutation);
+  if (spec.transform == transform_kind::basis) detail::find_basis(tokens, queries, out.basis, out.basis_inverse);
+  detail::transform_all(tokens, spec.transform, {out.permutation, out.basis, out.basis_inverse});
   if (out.leading_scale != nullptr) {
     const std::vector<double> moments = detail::second_moments(tokens);
     for (int i = 0; i < spec.leading; ++i) {

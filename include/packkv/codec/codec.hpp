@@ -75,7 +75,7 @@ PACKKV_HOST_DEVICE constexpr std::int16_t stored_head_dim(int head_dim) {
 PACKKV_HOST_DEVICE constexpr status check_codec(side which, const codec_spec& spec) {
   if (!is_head_dim(spec.head_dim))
     return refuse(status_code::unsupported, "head_dim must be 64, 96, 128, 192, 256 or 512", spec.head_dim);
-  if (static_cast<int>(spec.kind) > 3 || static_cast<int>(spec.transform) > 2)
+  if (static_cast<int>(spec.kind) > 3 || static_cast<int>(spec.transform) > 3)
     return refuse(status_code::invalid_argument, "unknown codec kind or transform");
   if (spec.kind != codec_kind::plan) {
     if (spec.transform != transform_kind::identity || spec.leading != 0)

@@ -24,6 +24,12 @@ struct side_parameters {
   /// plan: subtracted from every token before the transform, [kv_heads, head_dim], finite; the channel means. Null: 0.
   /// Costs nothing per token at decode: K adds q . offset to a score, V adds the sum of weights times offset.
   const float* channel_offset = nullptr;
+  /// basis transform: [kv_heads, head_dim, head_dim], 16-byte aligned, row i of a head is the vector of original
+  /// channels for which transformed channel i stands. Required by it.
+  const float* basis = nullptr;
+  /// basis transform: [kv_heads, head_dim, head_dim], the matrix inverse of `basis` (of an orthogonal one its
+  /// transpose). Required where tokens are coded, not read otherwise.
+  const float* basis_inverse = nullptr;
 };
 
 /// Parameters of a format; `format` itself is empty unless it is a runtime_format.
@@ -41,7 +47,10 @@ struct head_parameters {
   const float* leading_scale = nullptr;
   float tensor_scale = 1.0f;
   const float* channel_offset = nullptr;
+  const float* basis = nullptr;
+  const float* basis_inverse = nullptr;
 
+  PACKKV_HOST_DEVICE transform_data transform() const { return {permutation, basis, basis_inverse}; }
   /// Offset of channel c in the original basis.
   PACKKV_HOST_DEVICE float offset(int c) const { return channel_offset != nullptr ? channel_offset[c] : 0.0f; }
 };
@@ -53,7 +62,9 @@ PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const 
           p.permutation != nullptr ? p.permutation + row : nullptr,
           p.leading_scale != nullptr ? p.leading_scale + static_cast<std::int64_t>(head) * spec.leading : nullptr,
           p.tensor_scale,
-          spec.kind == codec_kind::plan && p.channel_offset != nullptr ? p.channel_offset + row : nullptr};
+          spec.kind == codec_kind::plan && p.channel_offset != nullptr ? p.channel_offset + row : nullptr,
+          p.basis != nullptr ? p.basis + row * spec.head_dim : nullptr,
+          p.basis_inverse != nullptr ? p.basis_inverse + row * spec.head_dim : nullptr};
 }
 
 namespace detail {
@@ -64,10 +75,25 @@ using packkv::of_head;
 inline status check_side(const codec_spec& spec, const side_parameters& p) {
   if (spec.transform == transform_kind::permutation && p.permutation == nullptr)
     return refuse(status_code::invalid_argument, "the permutation transform needs side_parameters::permutation");
+  if (spec.transform == transform_kind::basis && p.basis == nullptr)
+    return refuse(status_code::invalid_argument, "the basis transform needs side_parameters::basis");
+  if (reinterpret_cast<std::uintptr_t>(p.basis) % 16 != 0)
+    return refuse(status_code::misaligned, "side_parameters::basis must be 16-byte aligned");
   if (spec.leading > 0 && p.leading_scale == nullptr)
     return refuse(status_code::invalid_argument, "leading components need side_parameters::leading_scale");
   if (spec.kind == codec_kind::fp8 && (!is_finite(p.tensor_scale) || !(p.tensor_scale > 0.0f)))
     return refuse(status_code::invalid_argument, "fp8 needs a finite tensor_scale > 0");
+  return {};
+}
+
+/// What coding tokens needs beside check_parameters.
+template <class Format>
+inline status check_encoder(const parameters<Format>& p) {
+  const auto lacks = [](const codec_spec& spec, const side_parameters& side) {
+    return spec.transform == transform_kind::basis && side.basis_inverse == nullptr;
+  };
+  if (lacks(p.format.key(), p.key) || lacks(p.format.value(), p.value))
+    return refuse(status_code::invalid_argument, "coding in a basis needs side_parameters::basis_inverse");
   return {};
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Orthogonal changes of channel basis applied to a token before quantisation, and to q and O at decode.
+// Changes of channel basis applied to a token before quantisation, and to q and O at decode.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace packkv {
 
-enum class transform_kind : std::uint8_t { identity, permutation, hadamard };
+enum class transform_kind : std::uint8_t { identity, permutation, hadamard, basis };
 
 /// y = x.
 struct identity {
@@ -23,6 +23,19 @@ struct permutation {
 /// n that divides head_dim (head_dim 96: n = 32; 192: n = 64).
 struct hadamard {
   static constexpr transform_kind kind = transform_kind::hadamard;
+};
+
+/// x = sum of y[i] * basis[i][:] with a calibrated, invertible matrix per KV head (side_parameters::basis), orthogonal
+/// or not: q.x is then the sum of y[i] * (q . basis[i][:]).
+struct basis {
+  static constexpr transform_kind kind = transform_kind::basis;
+};
+
+/// What a transform of one KV head needs at run time.
+struct transform_data {
+  const std::int16_t* permutation = nullptr;
+  const float* basis = nullptr;          ///< [head_dim, head_dim]
+  const float* basis_inverse = nullptr;  ///< [head_dim, head_dim]
 };
 
 /// Size of a Hadamard block: the largest power of two that divides `head_dim`.
@@ -61,17 +74,26 @@ PACKKV_HOST_DEVICE inline void hadamard_in_place(float* x, int head_dim) {
   for (int i = 0; i < head_dim; ++i) x[i] = mul_rn(x[i], scale);
 }
 
-/// y = T x for one token or query.
-PACKKV_HOST_DEVICE inline void transform_forward(transform_kind kind, const std::int16_t* permutation, int head_dim,
+/// out[c] = sum of x[r] * m[r][c], in ascending order of r; every step rounds once, as in the warp version.
+PACKKV_HOST_DEVICE inline void times_matrix(const float* m, int head_dim, const float* x, float* out) {
+  for (int c = 0; c < head_dim; ++c) out[c] = 0.0f;
+  for (int r = 0; r < head_dim; ++r)
+    for (int c = 0; c < head_dim; ++c) out[c] = add_rn(out[c], mul_rn(x[r], m[r * head_dim + c]));
+}
+
+/// y = T x for one token. x and y do not overlap.
+PACKKV_HOST_DEVICE inline void transform_forward(transform_kind kind, const transform_data& data, int head_dim,
                                                  const float* x, float* y) {
-  for (int i = 0; i < head_dim; ++i) y[i] = x[kind == transform_kind::permutation ? permutation[i] : i];
+  if (kind == transform_kind::basis) return times_matrix(data.basis_inverse, head_dim, x, y);
+  for (int i = 0; i < head_dim; ++i) y[i] = x[kind == transform_kind::permutation ? data.permutation[i] : i];
   if (kind == transform_kind::hadamard) hadamard_in_place(y, head_dim);
 }
 
-/// x = T^-1 y.
-PACKKV_HOST_DEVICE inline void transform_inverse(transform_kind kind, const std::int16_t* permutation, int head_dim,
+/// x = T^-1 y. x and y do not overlap.
+PACKKV_HOST_DEVICE inline void transform_inverse(transform_kind kind, const transform_data& data, int head_dim,
                                                  const float* y, float* x) {
-  for (int i = 0; i < head_dim; ++i) x[kind == transform_kind::permutation ? permutation[i] : i] = y[i];
+  if (kind == transform_kind::basis) return times_matrix(data.basis, head_dim, y, x);
+  for (int i = 0; i < head_dim; ++i) x[kind == transform_kind::permutation ? data.permutation[i] : i] = y[i];
   if (kind == transform_kind::hadamard) hadamard_in_place(x, head_dim);
 }
 

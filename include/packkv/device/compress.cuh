@@ -38,6 +38,7 @@ template <class Format>
 status compress(const input_view<4>& keys, const input_view<4>& values, const std::int32_t* lengths,
                 const parameters<Format>& params, const pages_view& pages, const page_table& table, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = detail::check_encoder(params); !s) return s;
   if (const status s = detail::check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   const auto args = detail::make_compress_args<Format>(keys.extent, lengths, pages, table, e);
   const std::int64_t tiles = ceil_div<std::int64_t>(keys.extent[2], tile_tokens);
@@ -86,6 +87,7 @@ template <class Format>
 status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots,
                     const parameters<Format>& params, const pages_view& pages, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = detail::check_encoder(params); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const std::int64_t items = keys.extent[0] * keys.extent[1];
   if (items == 0) return {};

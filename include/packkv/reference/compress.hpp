@@ -34,6 +34,7 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
                 device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = check_encoder(params); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   const codec_spec key = params.format.key(), value = params.format.value();
   float x[max_head_dim];
@@ -102,6 +103,7 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
                     const parameters<Format>& params, const pages_view& pages, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = check_encoder(params); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const codec_spec key = params.format.key(), value = params.format.value();
   const std::int64_t page_tokens = static_cast<std::int64_t>(pages.tiles_per_page) * tile_tokens;

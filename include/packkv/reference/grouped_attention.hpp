@@ -22,7 +22,7 @@ void head_scores(const Reader& read, const float* q, double* scores) {
   const std::int64_t coded = read.coded_tokens();
   const int dim = spec.head_dim, run = group_run(spec);
   float basis[max_head_dim], x[max_head_dim];
-  packkv::detail::transform_forward(spec.transform, nullptr, dim, q, basis);
+  packkv::detail::transform_forward(spec.transform, {}, dim, q, basis);
   double offset = 0.0;
   for (int c = 0; c < dim; ++c) offset += static_cast<double>(q[c]) * static_cast<double>(read.mean(c));
 
@@ -94,7 +94,7 @@ void head_sum(const Reader& read, const double* weights, std::int64_t count, dou
   float basis[max_head_dim], x[max_head_dim];
   for (int c = 0; c < dim; ++c) basis[c] = static_cast<float>(sum[c]);
   if (spec.transform != transform_kind::identity) {  // the basis is undone once, on the sum
-    packkv::detail::transform_inverse(spec.transform, nullptr, dim, basis, x);
+    packkv::detail::transform_inverse(spec.transform, {}, dim, basis, x);
     for (int c = 0; c < dim; ++c) sum[c] = static_cast<double>(x[c]);
   }
   for (int c = 0; c < dim; ++c) out[c] = sum[c] + total * static_cast<double>(read.mean(c));

@@ -111,7 +111,7 @@ inline void load_block(const grouped_spec& spec, const input_view<3>& x, const s
         finite = finite && packkv::detail::is_finite(row[c]);
         if (spec.centred) row[c] = packkv::detail::sub_rn(row[c], half_to_float(load_bits(bytes, 2 * (h * dim + c))));
       }
-      packkv::detail::transform_forward(spec.transform, nullptr, dim, row, y + (h * tokens + t) * dim);
+      packkv::detail::transform_forward(spec.transform, {}, dim, row, y + (h * tokens + t) * dim);
       rows.at(h, t) = finite ? 1 : 0;
       if (!finite) report.flags |= report_nonfinite_input;
     }
@@ -157,7 +157,7 @@ void decode_head(const Reader& read, std::int64_t head, const output_view<3>& x)
         if (c % run == 0) g = read.group(t, c);
         y[c] = packkv::detail::decode_in(spec, g, read.code(t, c));
       }
-      packkv::detail::transform_inverse(spec.transform, nullptr, dim, y, row);
+      packkv::detail::transform_inverse(spec.transform, {}, dim, y, row);
       for (int c = 0; c < dim && spec.centred; ++c) row[c] = packkv::detail::add_rn(row[c], read.mean(c));
     } else {
       read.tail(t, row);

@@ -30,7 +30,7 @@ inline void encode_plan_token(const codec_spec& spec, const head_parameters& hea
   const int dim = spec.head_dim;
   float centred[max_head_dim], y[max_head_dim];
   for (int c = 0; c < dim; ++c) centred[c] = head.channel_offset != nullptr ? sub_rn(x[c], head.offset(c)) : x[c];
-  transform_forward(spec.transform, head.permutation, dim, centred, y);
+  transform_forward(spec.transform, head.transform(), dim, centred, y);
 
   // 32 partial sums, then a tree: the order in which a warp adds (warp/token_codec.cuh).
   double partial[32] = {};
@@ -119,7 +119,7 @@ inline void decode_token(const codec_spec& spec, const head_parameters& head, co
                  ? (is_nan(row) ? row : 0.0f)
                  : decode_element(read_code(words, place), mul_rn(row, column_of(head, place.width, c)), place.width);
     }
-    transform_inverse(spec.transform, head.permutation, spec.head_dim, y, x);
+    transform_inverse(spec.transform, head.transform(), spec.head_dim, y, x);
     for (int c = 0; c < spec.head_dim && head.channel_offset != nullptr; ++c) x[c] = add_rn(x[c], head.offset(c));
     return;
   }

@@ -33,7 +33,7 @@ __device__ inline bool to_coded_basis(const grouped_spec& spec, const std::uint8
   using namespace packkv::detail;
   bool finite = true;
   load_transformed<HeadDim>(
-      spec.transform, nullptr,
+      spec.transform, {},
       [&](int c) {
         const float e = load_element(address(x, head, token, c), x.type);
         finite = finite && is_finite(e);

@@ -28,8 +28,8 @@ struct key_scores {
                                  Source&& source, int warp, int warps) {
     for (int row = warp; row < Rows; row += warps) {
       float q[HeadDim / 32], offset = 0.0f;
-      load_transformed<HeadDim>(
-          spec.transform, head.permutation,
+      load_query_transformed<HeadDim>(
+          spec.transform, head.transform(),
           [&](int c) {
             const float x = source(row, c);
             offset = fmaf(x, head.offset(c), offset);

@@ -20,6 +20,7 @@ struct lane_parameters {
   float offset[count];  ///< of channel[i]
   float column[count];  ///< step of the transformed channel lane + 32 * i, before the row scale
   float leading;        ///< scale of leading component `lane`
+  const float* basis;   ///< of the head
 
   /// All lanes take part.
   __device__ static lane_parameters load(const head_parameters& head) {
@@ -35,6 +36,7 @@ struct lane_parameters {
         constexpr int i = decltype(index)::value;
         own.column[i] = gaussian_step(lane_parameters::template width_of<i>());
       });
+    own.basis = head.basis;
     if (lane < spec.leading) own.leading = head.leading_scale[lane];
     if (head.channel_offset != nullptr)
       for (int i = 0; i < count; ++i) own.offset[i] = head.channel_offset[own.channel[i]];

@@ -55,6 +55,7 @@ class mma_key_scores {
       finite = __all_sync(all_lanes, finite) != 0;  // if not, integers are made of zeros
       for (int i = 0; i < registers; ++i) offset = fmaf(q[i], own.offset[i], offset);
       if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
+      if constexpr (spec.transform == transform_kind::basis) matrix_times<dim>(own.basis, q);
       float largest = 0.0f;
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;

@@ -152,6 +152,7 @@ class mma_value_sum {
         y[i] *= own.column[i];  // sums of channels without codes are 0
     });
     if (spec.transform == transform_kind::hadamard) hadamard<dim>(y);
+    if constexpr (spec.transform == transform_kind::basis) times_matrix<dim>(own.basis, y);
     for (int i = 0; i < dim / 32; ++i) sink(own.channel[i], fmaf(weight, own.offset[i], y[i]));
   }
 

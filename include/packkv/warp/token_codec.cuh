@@ -49,7 +49,7 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
 
   float y[registers];
   load_transformed<HeadDim>(
-      spec.transform, head.permutation,
+      spec.transform, head.transform(),
       [&](int c) {
         const float x = source(c);
         finite = finite && is_finite(x);
@@ -117,7 +117,7 @@ __device__ inline void decode_token(const codec_spec& spec, const head_parameter
                                     int token, Sink&& sink) {
   float y[HeadDim / 32];
   for (int i = 0; i < HeadDim / 32; ++i) y[i] = decode_transformed(spec, head, tile, token, detail::lane_id() + 32 * i);
-  store_inverse<HeadDim>(spec.transform, head.permutation, y, [&](int c, float x) {
+  store_inverse<HeadDim>(spec.transform, head.transform(), y, [&](int c, float x) {
     sink(c, head.channel_offset != nullptr ? detail::add_rn(x, head.offset(c)) : x);
   });
 }

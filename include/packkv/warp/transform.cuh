@@ -6,6 +6,7 @@
 
 #include <packkv/codec/transform.hpp>
 #include <packkv/detail/cuda.cuh>
+#include <packkv/detail/unroll.hpp>
 
 namespace packkv::warp {
 
@@ -32,25 +33,71 @@ __device__ inline void hadamard(float (&x)[HeadDim / 32]) {
   for (int i = 0; i < HeadDim / 32; ++i) x[i] = mul_rn(x[i], hadamard_scale(block));
 }
 
-/// y = T x with x[c] = source(c).
+/// x becomes the sums of x[r] * m[r][c] for m [HeadDim, HeadDim], with the bits of the host version. All lanes take
+/// part.
+template <int HeadDim>
+__device__ inline void times_matrix(const float* m, float (&x)[HeadDim / 32]) {
+  using namespace packkv::detail;
+  float sum[HeadDim / 32] = {};
+  for_constants<HeadDim / 32>([&](auto index) {
+    constexpr int part = decltype(index)::value;
+#pragma unroll 4
+    for (int from = 0; from < warp_threads; ++from) {
+      const float of_row = shuffle(x[part], from);
+      const float* const row = m + (32 * part + from) * HeadDim + lane_id();
+      for (int i = 0; i < HeadDim / 32; ++i) sum[i] = add_rn(sum[i], mul_rn(of_row, row[32 * i]));
+    }
+  });
+  for (int i = 0; i < HeadDim / 32; ++i) x[i] = sum[i];
+}
+/// x becomes the sums of m[r][c] * x[c], m 16-byte aligned. All lanes take part.
+template <int HeadDim>
+__device__ inline void matrix_times(const float* m, float (&x)[HeadDim / 32]) {
+  using namespace packkv::detail;
+  float sum[HeadDim / 32] = {};
+  for_constants<HeadDim / 32>([&](auto index) {
+    constexpr int part = decltype(index)::value;
+#pragma unroll 1
+    for (int from = 0; from < warp_threads; from += 4) {
+      float of_column[4];
+      for (int k = 0; k < 4; ++k) of_column[k] = shuffle(x[part], from + k);
+      for (int i = 0; i < HeadDim / 32; ++i) {
+        const bytes16 four = load16(m + (lane_id() + 32 * i) * HeadDim + 32 * part + from);
+        for (int k = 0; k < 4; ++k) sum[i] = fmaf(bit_cast<float>(four.word[k]), of_column[k], sum[i]);
+      }
+    }
+  });
+  for (int i = 0; i < HeadDim / 32; ++i) x[i] = sum[i];
+}
+
+/// y = T x with x[c] = source(c), for tokens.
 template <int HeadDim, class Source>
-__device__ inline void load_transformed(transform_kind kind, const std::int16_t* permutation, Source&& source,
+__device__ inline void load_transformed(transform_kind kind, const transform_data& data, Source&& source,
                                         float (&y)[HeadDim / 32]) {
   for (int i = 0; i < HeadDim / 32; ++i) {
     const int c = detail::lane_id() + 32 * i;
-    y[i] = source(kind == transform_kind::permutation ? permutation[c] : c);
+    y[i] = source(kind == transform_kind::permutation ? data.permutation[c] : c);
   }
   if (kind == transform_kind::hadamard) hadamard<HeadDim>(y);
+  if (kind == transform_kind::basis) times_matrix<HeadDim>(data.basis_inverse, y);
+}
+/// The query y of the transformed channels for which q.x = y.(T x), with q[c] = source(c).
+template <int HeadDim, class Source>
+__device__ inline void load_query_transformed(transform_kind kind, const transform_data& data, Source&& source,
+                                              float (&y)[HeadDim / 32]) {
+  load_transformed<HeadDim>(kind == transform_kind::basis ? transform_kind::identity : kind, data, source, y);
+  if (kind == transform_kind::basis) matrix_times<HeadDim>(data.basis, y);
 }
 
 /// x = T^-1 y, each channel handed to sink(c, x[c]). Changes y.
 template <int HeadDim, class Sink>
-__device__ inline void store_inverse(transform_kind kind, const std::int16_t* permutation, float (&y)[HeadDim / 32],
+__device__ inline void store_inverse(transform_kind kind, const transform_data& data, float (&y)[HeadDim / 32],
                                      Sink&& sink) {
   if (kind == transform_kind::hadamard) hadamard<HeadDim>(y);
+  if (kind == transform_kind::basis) times_matrix<HeadDim>(data.basis, y);
   for (int i = 0; i < HeadDim / 32; ++i) {
     const int c = detail::lane_id() + 32 * i;
-    sink(kind == transform_kind::permutation ? permutation[c] : c, y[i]);
+    sink(kind == transform_kind::permutation ? data.permutation[c] : c, y[i]);
   }
 }
 

@@ -83,7 +83,7 @@ struct value_sum {
       if (spec.kind == codec_kind::plan)
         y[i] *= detail::column_of(head, spec.strips.width[c / spec.strips.channels], c);
     }
-    store_inverse<HeadDim>(spec.transform, head.permutation, y,
+    store_inverse<HeadDim>(spec.transform, head.transform(), y,
                            [&](int c, float x) { sink(c, fmaf(weight, head.offset(c), x)); });
   }
 
