@@ -190,10 +190,9 @@ class fused_block {
     // The queries first: behind all blocks' first tiles they would wait for microseconds.
     std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
     typename scores::head_values own = {};
-    if (warp_id() < Rows) {
+    if (warp_id() < Rows || scores::has_basis)
       own = scores::head_values::load(of_head(Format::key(), a_.key, unit_.head));
-      unit_.load_query(a_.call, warp_id(), own.channel, query);
-    }
+    if (warp_id() < Rows) unit_.load_query(a_.call, warp_id(), own.channel, query);
     const block::row_ranges ranges = unit_.ranges();
     const int first_tile = max_of(storage_.lo, ranges.any.begin / tile_tokens);
     const int end_tile = min_of(storage_.hi, ceil_div(ranges.any.end, tile_tokens));

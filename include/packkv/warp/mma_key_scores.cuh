@@ -27,6 +27,7 @@ class mma_key_scores {
   static constexpr int code_bytes = spec.code_bytes(), leading_offset = spec.leading_offset();
   using columns = score_columns<Rows>;
   static constexpr int lane_rows = columns::lane_rows;
+  static constexpr bool has_basis = spec.transform == transform_kind::basis;
 
   /// The queries of a block, in shared memory.
   struct temp_storage {
@@ -35,27 +36,44 @@ class mma_key_scores {
     float middle[Rows];                            ///< what the centre of the codes contributes
     float offset[Rows];                            ///< query . channel_offset
     float leading[spec.leading > 0 ? spec.leading : 1][Rows];
+    /// With a basis: the queries before and after it.
+    alignas(16) float plain[has_basis ? Rows : 1][has_basis ? dim : 4],
+        turned[has_basis ? Rows : 1][has_basis ? dim : 4];
   };
 
   using head_values = lane_parameters<Codec>;
 
   /// Rounds the queries; source(row, index, x) loads x[i] = channel index[i] of a query in the original basis, `own` is
   /// what the lane needs of the head's parameters. Scores are multiplied by `factor`. Row r is done by warp r % warps.
-  /// The caller synchronises the block before the constructor.
+  /// The caller synchronises the block before the constructor; with a basis all threads of the block take part.
   template <class Source>
   __device__ static void prepare(temp_storage& storage, const head_values& own, Source&& source, float factor, int warp,
                                  int warps) {
     using namespace packkv::detail;
+    constexpr int registers = dim / 32;
+    if constexpr (has_basis) {
+      for (int row = warp; row < Rows; row += warps) {
+        float q[registers];
+        source(row, own.channel, q);
+        store_offset(storage, own, q, factor, row);
+        for (int i = 0; i < registers; ++i) storage.plain[row][lane_id() + 32 * i] = q[i];
+      }
+      __syncthreads();
+      matrix_times_rows(own.basis, storage.plain, storage.turned, warp, warps);
+      __syncthreads();
+    }
     for (int row = warp; row < Rows; row += warps) {
-      constexpr int registers = dim / 32;
-      float q[registers], offset = 0.0f;
-      source(row, own.channel, q);
+      float q[registers];
+      if constexpr (has_basis) {
+        for (int i = 0; i < registers; ++i) q[i] = storage.turned[row][lane_id() + 32 * i];
+      } else {
+        source(row, own.channel, q);
+        store_offset(storage, own, q, factor, row);
+      }
       bool finite = true;
       for (int i = 0; i < registers; ++i) finite = finite && is_finite(q[i]);
       finite = __all_sync(all_lanes, finite) != 0;  // if not, integers are made of zeros
-      for (int i = 0; i < registers; ++i) offset = fmaf(q[i], own.offset[i], offset);
       if (spec.transform == transform_kind::hadamard) hadamard<dim>(q);
-      if constexpr (spec.transform == transform_kind::basis) matrix_times<dim>(own.basis, q);
       float largest = 0.0f;
       detail::for_constants<dim / 32>([&](auto index) {
         constexpr int i = decltype(index)::value;
@@ -66,7 +84,6 @@ class mma_key_scores {
         q[i] = finite && width > 0 && c >= spec.leading ? q[i] * own.column[i] : 0.0f;
         largest = fmaxf(largest, fabsf(q[i]));
       });
-      offset = warp_sum(offset);
       largest = warp_max(largest);
       const float scale = largest > 0x1p-100f ? query_max * reciprocal_fast(largest) : 0.0f;
       std::int32_t middle = 0;  // twice the sum
@@ -82,7 +99,6 @@ class mma_key_scores {
         const float unit = scale > 0.0f ? factor * (largest * (1.0f / query_max)) : 0.0f;
         storage.factor[row] = finite ? unit : nan_float();
         storage.middle[row] = unit * 0.5f * twice_middle;
-        storage.offset[row] = factor * offset;
       }
     }
   }
@@ -145,6 +161,14 @@ class mma_key_scores {
   }
 
  private:
+  __device__ static void store_offset(temp_storage& storage, const head_values& own, const float (&q)[dim / 32],
+                                      float factor, int row) {
+    float offset = 0.0f;
+    for (int i = 0; i < dim / 32; ++i) offset = fmaf(q[i], own.offset[i], offset);
+    offset = detail::warp_sum(offset);
+    if (detail::lane_id() == 0) storage.offset[row] = factor * offset;
+  }
+
   static constexpr int b_registers = spec.strips.channels / 16;
   template <int Width>
   using unpacker = std::conditional_t<spec.strips.channels == 32, thread::unpacker<Width, thread::key_plane_32>,

@@ -70,6 +70,52 @@ __device__ inline void matrix_times(const float* m, float (&x)[HeadDim / 32]) {
   for (int i = 0; i < HeadDim / 32; ++i) x[i] = sum[i];
 }
 
+/// Sums of 2 * Half values over the lanes of a warp, all or those that agree in the higher bits of their number: lane l
+/// gets the sum of everybody's v[l % (2 * Half)]. All lanes take part.
+template <int Half = 16>
+__device__ inline float sums_of_lanes(float (&v)[32]) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else {
+    const bool upper = (detail::lane_id() & Half) != 0;
+    detail::for_constants<Half>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      const float kept = upper ? v[k + Half] : v[k], given = upper ? v[k] : v[k + Half];
+      v[k] = kept + detail::shuffle_xor(given, Half);
+    });
+    return sums_of_lanes<Half / 2>(v);
+  }
+}
+/// out[r][i] = sum of m[i][c] * x[r][c] for a block's queries in shared memory, by warp `warp` of `warps`: the rows of
+/// m are read once, side by side. The caller synchronises the block before and after.
+template <int HeadDim, int Rows>
+__device__ inline void matrix_times_rows(const float* m, const float (&x)[Rows][HeadDim], float (&out)[Rows][HeadDim],
+                                         int warp, int warps) {
+  using namespace packkv::detail;
+  constexpr int together = warp_threads / Rows;  // rows of m
+#pragma unroll 1
+  for (int first = together * warp; first < HeadDim; first += together * warps) {
+    float sum[warp_threads] = {};
+    for_constants<(HeadDim + 127) / 128>([&](auto part) {
+      const int c = 128 * decltype(part)::value + 4 * lane_id();
+      if (HeadDim % 128 != 0 && c >= HeadDim) return;
+      bytes16 of_m[together];
+      for_constants<together>(
+          [&](auto i) { of_m[decltype(i)::value] = load16(m + (first + decltype(i)::value) * HeadDim + c); });
+      for_constants<Rows>([&](auto row) {
+        constexpr int r = decltype(row)::value;
+        const bytes16 of_x = load16(&x[r][c]);
+        for_constants<4 * together>([&](auto index) {
+          constexpr int i = decltype(index)::value / 4, k = decltype(index)::value % 4;
+          sum[i * Rows + r] = fmaf(bit_cast<float>(of_m[i].word[k]), bit_cast<float>(of_x.word[k]), sum[i * Rows + r]);
+        });
+      });
+    });
+    const float all = sums_of_lanes(sum);
+    out[lane_id() % Rows][first + lane_id() / Rows] = all;
+  }
+}
+
 /// y = T x with x[c] = source(c), for tokens.
 template <int HeadDim, class Source>
 __device__ inline void load_transformed(transform_kind kind, const transform_data& data, Source&& source,
