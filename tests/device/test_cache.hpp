@@ -28,7 +28,9 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
   plan.count = head_dim / pk::strip_channels(which, head_dim);
   for (int i = 0; i < plan.count; ++i) plan.width[i] = widths[random.between(0, 5)];
   std::sort(plan.width, plan.width + plan.count, [](int a, int b) { return a > b; });
-  const auto transform = static_cast<pk::transform_kind>(random.between(0, 3));
+  auto transform = static_cast<pk::transform_kind>(random.between(0, 2));
+  // A third of the plans that begin with 4 bits; not by chance, which would change all the random cases behind it.
+  if (transform == pk::transform_kind::identity && plan.width[0] == 4) transform = pk::transform_kind::basis;
   return pk::make_plan_codec(which, head_dim, transform, plan,
                              which == pk::side::key ? random.between(0, pk::max_leading) : 0);
 }
@@ -57,8 +59,9 @@ struct side_data {
           std::swap(p[static_cast<std::size_t>(i)], p[static_cast<std::size_t>(random.between(0, i))]);
         permutation.insert(permutation.end(), p.begin(), p.end());
       }
+    random_source of_basis(static_cast<unsigned>(spec.head_dim));
     for (int h = 0; h < kv_heads && spec.transform == pk::transform_kind::basis; ++h)
-      append_basis(random, spec.head_dim);
+      append_basis(of_basis, spec.head_dim);
     for (int i = 0; i < kv_heads * spec.leading; ++i)
       leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
     if (spec.kind == pk::codec_kind::plan && random.one_in(3))
