@@ -29,8 +29,8 @@ inline pk::codec_spec random_codec(random_source& random, pk::side which, int he
   for (int i = 0; i < plan.count; ++i) plan.width[i] = widths[random.between(0, 5)];
   std::sort(plan.width, plan.width + plan.count, [](int a, int b) { return a > b; });
   auto transform = static_cast<pk::transform_kind>(random.between(0, 2));
-  // A third of the plans that begin with 4 bits; not by chance, which would change all the random cases behind it.
-  if (transform == pk::transform_kind::identity && plan.width[0] == 4) transform = pk::transform_kind::basis;
+  // A third of the plans that begin with 4 or 8 bits; not by chance, which would change all the random cases behind it.
+  if (transform == pk::transform_kind::identity && plan.width[0] >= 4) transform = pk::transform_kind::basis;
   return pk::make_plan_codec(which, head_dim, transform, plan,
                              which == pk::side::key ? random.between(0, pk::max_leading) : 0);
 }
