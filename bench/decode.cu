@@ -56,16 +56,23 @@ std::unique_ptr<checks::half_peer> peer_of(const decode_case& c, int dim, std::s
   return peer;
 }
 
+/// Nothing measured yet, but what is read.
+template <class Format>
+measured sizes_of(const decode_cache<Format>& cache) {
+  measured m;
+  m.bytes = static_cast<double>(cache.copy_bytes);
+  m.coded_bytes = static_cast<double>(cache.coded_bytes);
+  m.values = 2.0 * 64.0 * static_cast<double>(cache.tiles * cache.of.kv_heads) * cache.dim;
+  m.half_bytes = 2.0 * static_cast<double>(cache.values());
+  return m;
+}
+
 template <class Format>
 measured measure_decode(const decode_case& c, storage how) {
   timing::stopwatch& watch = *program.watch;
   const decode_cache<Format> cache(c, how);
-  measured m;
+  measured m = sizes_of(cache);
   m.error = checks::long_decode_is_right(cache);
-  m.bytes = static_cast<double>(cache.copy_bytes);
-  m.coded_bytes = static_cast<double>(cache.coded_bytes);
-  m.values = 2.0 * 64.0 * static_cast<double>(cache.tiles * c.kv_heads) * cache.dim;
-  m.half_bytes = 2.0 * static_cast<double>(cache.values());
   const auto peer = peer_of(c, cache.dim, m.peer_note);
   device_buffer<uint4> sink(1);
   timing::timed_call call(watch, cache.copies, [&](int i) { cache.decode(i, watch.stream()); });
@@ -92,25 +99,17 @@ template <class Family, class Format>
 measured measure_family(const decode_case& c) {
   timing::stopwatch& watch = *program.watch;
   const decode_cache<Format> cache(c, storage::full);
-  measured m;
+  measured m = sizes_of(cache);
   cache.template decode_by<Family>(0, watch.stream());
   require(cudaStreamSynchronize(watch.stream()));
-  std::vector<std::uint16_t> by_family(static_cast<std::size_t>(cache.queries_count())), by_format = by_family;
-  const auto fetch = [&](std::vector<std::uint16_t>& to) {
-    require(cudaMemcpy(to.data(), cache.out(), to.size() * sizeof(std::uint16_t), cudaMemcpyDeviceToHost));
-  };
-  fetch(by_family);
+  const auto by_family = checks::to_host(cache.out(), cache.queries_count());
   cache.decode(0, watch.stream());
   require(cudaStreamSynchronize(watch.stream()));
-  fetch(by_format);
+  const auto by_format = checks::to_host(cache.out(), cache.queries_count());
   if (by_family != by_format) {
     std::fprintf(stderr, "%s: the family's result is not the format's\n", c.name.c_str());
     std::exit(1);
   }
-  m.bytes = static_cast<double>(cache.copy_bytes);
-  m.coded_bytes = static_cast<double>(cache.coded_bytes);
-  m.values = 2.0 * 64.0 * static_cast<double>(cache.tiles * c.kv_heads) * cache.dim;
-  m.half_bytes = 2.0 * static_cast<double>(cache.values());
   m.peer_note = "the same format, known at compile time";
   device_buffer<uint4> sink(1);
   timing::timed_call call(watch, cache.copies, [&](int i) { cache.template decode_by<Family>(i, watch.stream()); });

@@ -389,4 +389,9 @@ TEST_CASE("static GEMVs that are refused write nothing") {
   CHECK(out.device_bytes.host() == out.bytes);
   CHECK(pk::value_gemv_workspace_bytes<two_bit>({-1, 2, 4, 1, 130, 0}) == -1);
   CHECK(pk::value_gemv_workspace_bytes<two_bit>({1, 2, 3, 1, 130, 0}) == -1);
+  // What serves many sequences serves few, whose blocks are shaped otherwise.
+  for (const int splits : {0, 1, 50, 4096})
+    for (const int batch : {1, 16, 17, 64})
+      CHECK(pk::value_gemv_workspace_bytes<two_bit>({64, 8, 32, 1, 130, splits}) >=
+            pk::value_gemv_workspace_bytes<two_bit>({batch, 8, 32, 1, 130, splits}));
 }

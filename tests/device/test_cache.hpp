@@ -10,6 +10,7 @@
 #include <packkv/packkv.cuh>
 #include <vector>
 
+#include "../support/basis.hpp"
 #include "../support/random.hpp"
 #include "device_array.hpp"
 
@@ -61,7 +62,7 @@ struct side_data {
       }
     random_source of_basis(static_cast<unsigned>(spec.head_dim));
     for (int h = 0; h < kv_heads && spec.transform == pk::transform_kind::basis; ++h)
-      append_basis(of_basis, spec.head_dim);
+      append_basis(of_basis, spec.head_dim, basis, basis_inverse);
     for (int i = 0; i < kv_heads * spec.leading; ++i)
       leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
     if (spec.kind == pk::codec_kind::plan && random.one_in(3))
@@ -85,24 +86,6 @@ struct side_data {
   pk::side_parameters device() const {
     return {device_columns.data(), device_permutation.data(), device_leading.data(),      tensor_scale,
             device_offset.data(),  device_basis.data(),       device_basis_inverse.data()};
-  }
-
- private:
-  /// A matrix that is not orthogonal: a reflection times a diagonal.
-  void append_basis(random_source& random, int head_dim) {
-    std::vector<double> axis, size;
-    double norm = 0.0;
-    for (int c = 0; c < head_dim; ++c) {
-      axis.push_back(static_cast<double>(random.normal()));
-      size.push_back(0.5 + random.uniform());
-      norm += axis.back() * axis.back();
-    }
-    for (std::size_t i = 0; i < axis.size(); ++i)
-      for (std::size_t c = 0; c < axis.size(); ++c) {
-        const double reflection = (i == c ? 1.0 : 0.0) - 2.0 * axis[i] * axis[c] / norm;
-        basis.push_back(static_cast<float>(size[i] * reflection));
-        basis_inverse.push_back(static_cast<float>(reflection / size[c]));
-      }
   }
 };
 

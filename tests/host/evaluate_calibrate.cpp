@@ -235,6 +235,13 @@ TEST_CASE("calibrate: what it writes is finite and positive for dead, constant a
     for (const float s : leading_scale) CHECK((std::isfinite(s) && s >= 1.17549435e-38f));
     std::sort(order.begin(), order.end());
     for (int c = 0; c < dim; ++c) REQUIRE(order[static_cast<std::size_t>(c)] == c);
+
+    std::vector<float> basis(dim * dim, -1.0f), inverse(dim * dim, -1.0f);
+    const input_view<3> queries = make_input<3>(data->data(), dtype::float32, {1, 2, dim});
+    REQUIRE(calibrate::calibrate_head(key_spec(transform_kind::basis, {8, 3, 1, 0}), rows_of(*data), queries,
+                                      {nullptr, steps.data(), nullptr, nullptr, basis.data(), inverse.data()}));
+    for (const float s : steps) CHECK((std::isfinite(s) && s > 0.0f));
+    for (std::size_t i = 0; i < basis.size(); ++i) REQUIRE((std::isfinite(basis[i]) && std::isfinite(inverse[i])));
   }
 }
 

@@ -12,11 +12,13 @@
 #include <random>
 #include <vector>
 
+#include "../support/basis.hpp"
 #include "../support/catch.hpp"
 
 namespace host_test {
 
 namespace pk = packkv;
+using packkv_test::append_basis;
 
 /// Seed of the random tests: PACKKV_TEST_SEED or a constant. Tests print it with INFO.
 inline std::uint64_t base_seed() {
@@ -298,23 +300,6 @@ class table {
  private:
   std::vector<std::int32_t> entries_, indptr_;
 };
-
-/// Appends a random basis [head_dim, head_dim] that is not orthogonal, and its inverse: a reflection times a diagonal.
-inline void append_basis(random_source& random, int head_dim, std::vector<float>& basis, std::vector<float>& inverse) {
-  std::vector<double> axis, size;
-  double norm = 0.0;
-  for (int c = 0; c < head_dim; ++c) {
-    axis.push_back(static_cast<double>(random.normal()));
-    size.push_back(0.5 + random.uniform());
-    norm += axis.back() * axis.back();
-  }
-  for (std::size_t i = 0; i < axis.size(); ++i)
-    for (std::size_t c = 0; c < axis.size(); ++c) {
-      const double reflection = (i == c ? 1.0 : 0.0) - 2.0 * axis[i] * axis[c] / norm;
-      basis.push_back(static_cast<float>(size[i] * reflection));
-      inverse.push_back(static_cast<float>(reflection / size[c]));
-    }
-}
 
 /// Parameters that a pair of codecs may need, for kv_heads heads: random bases, permutations, column and leading
 /// scales.

@@ -34,9 +34,8 @@ int value_gemv_blocks_per_sm(std::int64_t batch, std::int64_t kv_heads, std::int
 /// Blocks of a launch of the value kernel over `batch` sequences.
 template <class Format, int Rows>
 std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits,
-                               int shared_kib) {
-  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(
-      shared_kib, value_gemv_blocks_per_sm<Rows>(batch, kv_heads, group));
+                               int shared_kib, int blocks_per_sm) {
+  const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib, blocks_per_sm);
   if (!shape.fits()) return 0;
   if (splits == 0) return policy::gemv_blocks(shape);
   const std::int64_t most =
@@ -45,25 +44,29 @@ std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::i
   return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
 }
 template <class Format, int Rows>
-checked value_gemv_bytes(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits,
-                         int shared_kib) {
-  return checked(value_gemv_blocks<Format, Rows>(min_of<std::int64_t>(batch, block::max_split_sequences), kv_heads,
-                                                 group, splits, shared_kib)) *
-             2 * (block::part_merge<Format::value_head_dim, Rows, 1>::part_floats * 4) +
+checked value_gemv_bytes(std::int64_t blocks) {
+  return checked(blocks) * 2 * (block::part_merge<Format::value_head_dim, Rows, 1>::part_floats * 4) +
          workspace_counter_bytes;
 }
 
-/// Whatever GPU it is.
+/// Whatever GPU it is, and for every call within these maxima: fewer units may have the other shape of blocks.
 template <class Format>
 checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
   const int rows = policy::value_gemv_rows(group, Format::value_head_dim);
+  const std::int64_t at_once = min_of<std::int64_t>(batch, block::max_split_sequences);
   std::int64_t most = 0;
-  for (const int kib : policy::shared_kib_choices) {
-    most = max_of(most, value_gemv_bytes<Format, 4>(batch, kv_heads, group, splits, kib).value());
-    if (rows > 4) most = max_of(most, value_gemv_bytes<Format, 8>(batch, kv_heads, group, splits, kib).value());
-    if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
-      if (rows > 8) most = max_of(most, value_gemv_bytes<Format, 16>(batch, kv_heads, group, splits, kib).value());
-  }
+  const auto count = [&](auto rows_of_pass) {
+    constexpr int pass = decltype(rows_of_pass)::value;
+    for (const int kib : policy::shared_kib_choices)
+      for (const int blocks_per_sm : {1, value_gemv_blocks_per_sm<pass>(batch, kv_heads, group)})
+        most = max_of(most, value_gemv_bytes<Format, pass>(
+                                value_gemv_blocks<Format, pass>(at_once, kv_heads, group, splits, kib, blocks_per_sm))
+                                .value());
+  };
+  count(std::integral_constant<int, 4>{});
+  if (rows > 4) count(std::integral_constant<int, 8>{});
+  if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
+    if (rows > 8) count(std::integral_constant<int, 16>{});
   return most;
 }
 
@@ -103,16 +106,15 @@ template <class Format, int Rows, warp::copy_engine Engine, int SharedKib>
 status launch_value_gemv(kernel::fused_gemv_args all, int shared_kib, const exec& e, std::int32_t splits) {
   const std::int64_t batch = min_of<std::int64_t>(all.call.cache.batch, block::max_split_sequences);
   const std::int32_t kv_heads = all.call.cache.pages.kv_heads, group = all.call.group;
-  if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(batch, kv_heads, group, splits, shared_kib));
-      !s)
-    return s;
+  const int blocks_per_sm = value_gemv_blocks_per_sm<Rows>(batch, kv_heads, group);
+  const std::int64_t blocks =
+      value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits, shared_kib, blocks_per_sm);
+  if (const status s = check_workspace(e, value_gemv_bytes<Format, Rows>(blocks)); !s) return s;
   all.counters = static_cast<std::uint32_t*>(e.workspace);
   all.parts = reinterpret_cast<float*>(static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes);
-  const std::int64_t blocks = value_gemv_blocks<Format, Rows>(batch, kv_heads, group, splits, shared_kib);
   constexpr bool choice = policy::value_gemv_registers(Rows, Format::value_head_dim) == policy::gemv_registers::few;
   if constexpr (choice)
-    if (value_gemv_blocks_per_sm<Rows>(batch, kv_heads, group) == 2)
-      return launch_value_gemv<Format, Rows, Engine, SharedKib, 2>(all, shared_kib, e, blocks);
+    if (blocks_per_sm == 2) return launch_value_gemv<Format, Rows, Engine, SharedKib, 2>(all, shared_kib, e, blocks);
   return launch_value_gemv<Format, Rows, Engine, SharedKib, 1>(all, shared_kib, e, blocks);
 }
 

@@ -113,7 +113,8 @@ class lazy_softmax {
     zero_[i] = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero_[i]);
   }
 
-  /// Gives hidden tokens the score -inf, and the row scale 0 if none of the lane's rows sees them.
+  /// Gives hidden tokens the score -inf, and the row scale 0 if none of the lane's rows sees them. A row scale that is
+  /// no number would reach all of the lane's rows: it becomes 0, too, and the score NaN for the rows that see it.
   __device__ static void hide(std::uint32_t hidden, float (&s)[tokens_per_lane][lane_rows], detail::bytes16& rows) {
     constexpr std::uint32_t all = (1u << lane_rows) - 1;
     for (int k = 0; k < tokens_per_lane; ++k) {
@@ -122,7 +123,7 @@ class lazy_softmax {
       const std::uint32_t half = row >> 16 * (k % 2) & 0xffffu;
       const bool finite = (half & 0x7c00u) != 0x7c00u;
       for (int i = 0; i < lane_rows; ++i) {
-        if (of_token != 0 && !finite) s[k][i] = detail::nan_float();  // for the rows that see it
+        if (of_token != 0 && !finite) s[k][i] = detail::nan_float();
         if ((of_token >> i & 1u) != 0) s[k][i] = -detail::infinity();
       }
       if (of_token == all || (of_token != 0 && !finite)) row &= k % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
