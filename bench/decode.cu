@@ -20,6 +20,7 @@ using plans = pk::cache_format<pk::key_codec<Dim, KeyTransform, pk::rms_scale, K
 using two_bit = plans<128, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
 using four_bit = plans<128, pk::plan<4, 4, 4, 4>, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>>;
 using low = plans<128, pk::plan<4, 2, 1, 0>, pk::plan<2, 2, 2, 2, 1, 1, 1, 1>, pk::basis>;
+using kivi = pk::cache_format<pk::grouped_key_codec<128, 2>, pk::grouped_value_codec<128, 2>>;
 using two_bit_64 = plans<64, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2>>;
 using two_bit_256 =
     plans<256, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2>>;
@@ -172,6 +173,7 @@ void add_all() {
   add_decode<two_bit>("two_bit", b32);
   for (const decode_case& c : {b1, b8, b32}) add_decode<low>("low", c);
   for (const decode_case& c : {b1, b8, b32}) add_decode<four_bit>("four_bit", c);
+  for (const decode_case& c : {b1, b8, b32}) add_decode<kivi>("kivi", c);
   add_decode<two_bit>("two_bit", shape("b1_32x8_1m", 1, 8, 4, 1024 * kilo));
   add_decode<two_bit>("two_bit", shape("b1_64x8_128k", 1, 8, 8, 128 * kilo));
   add_decode<two_bit>("two_bit", shape("b8_64x8_128k", 8, 8, 8, 128 * kilo));

@@ -44,10 +44,10 @@ __device__ inline std::uint32_t scrambled(std::uint32_t x) {
   return x ^ x >> 16;
 }
 
-/// Tile i at base + i * stride: random code bits, then 64 row scales of 0.2 to 1.2.
+/// Tile i at base + i * stride: random code bits, then numbers of 0.2 to 1.2, from byte `minima` on with a minus.
 template <int Threads>
-__global__ void fill_tiles(std::uint8_t* base, std::int64_t tiles, std::int64_t stride, int code_bytes, int tile_bytes,
-                           std::uint32_t seed) {
+__global__ void fill_tiles(std::uint8_t* base, std::int64_t tiles, std::int64_t stride, int code_bytes, int minima,
+                           int tile_bytes, std::uint32_t seed) {
   const int words = tile_bytes / 16;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < tiles * words;
        i += static_cast<std::int64_t>(gridDim.x) * Threads) {
@@ -60,6 +60,7 @@ __global__ void fill_tiles(std::uint8_t* base, std::int64_t tiles, std::int64_t 
           return packkv::float_to_half(0.2f + static_cast<float>(b) / 65536.0f);
         };
         bits = scale(bits & 0xffffu) | static_cast<std::uint32_t>(scale(bits >> 16)) << 16;
+        if (at >= minima) bits |= 0x80008000u;
       }
       x.word[k] = bits;
     }
@@ -262,8 +263,10 @@ class decode_cache {
     const std::int64_t all = tiles * of.kv_heads;
     const bool bare = how == storage::bare;
     const auto side = [&](void* data, const packkv::codec_spec& spec, std::uint32_t seed) {
+      const bool grouped = spec.kind == packkv::codec_kind::grouped;
+      const int minima = grouped ? spec.minimum_offset(0) : spec.tile_bytes();
       fill_tiles<256><<<4096, 256>>>(static_cast<std::uint8_t*>(data), all,
-                                     bare ? spec.tile_bytes() : key_bytes + value_bytes, spec.code_bytes(),
+                                     bare ? spec.tile_bytes() : key_bytes + value_bytes, spec.code_bytes(), minima,
                                      spec.tile_bytes(), seed + 2u * static_cast<unsigned>(i));
       require(cudaGetLastError());
     };

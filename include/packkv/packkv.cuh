@@ -9,6 +9,8 @@
 #include <packkv/block/row_merge.cuh>
 #include <packkv/block/row_ranges.cuh>
 #include <packkv/block/split_merge.cuh>
+#include <packkv/block/unit_parts.cuh>
+#include <packkv/block/unit_work.cuh>
 #include <packkv/block/work_split.cuh>
 #include <packkv/device/adaptive.cuh>
 #include <packkv/device/compress.cuh>
@@ -23,6 +25,9 @@
 #include <packkv/thread/unpack.cuh>
 #include <packkv/warp/attention_row.cuh>
 #include <packkv/warp/element.cuh>
+#include <packkv/warp/grouped_key_scores.cuh>
+#include <packkv/warp/grouped_output.cuh>
+#include <packkv/warp/grouped_weights.cuh>
 #include <packkv/warp/key_scores.cuh>
 #include <packkv/warp/lane_parameters.cuh>
 #include <packkv/warp/lazy_softmax.cuh>
@@ -36,4 +41,5 @@
 #include <packkv/warp/tile_stream.cuh>
 #include <packkv/warp/token_codec.cuh>
 #include <packkv/warp/transform.cuh>
+#include <packkv/warp/value_output.cuh>
 #include <packkv/warp/value_sum.cuh>

@@ -19,6 +19,14 @@ using mixed =
     fused_format<128, 128, pk::plan<4, 3, 1, 0>, pk::plan<8, 4, 3, 2, 2, 1, 1, 0>, pk::permutation, pk::identity, 2>;
 using dim_64 = fused_format<64, 64, pk::plan<8, 4, 3, 1>, pk::plan<3, 2, 1, 1>, pk::hadamard, pk::permutation, 1>;
 
+/// Keys grouped along tokens, values along channels, as in KIVI.
+template <int KeyDim, int KeyWidth, int KeyGroup, int ValueDim, int ValueWidth, int ValueGroup,
+          class KeyTransform = pk::identity, class ValueTransform = pk::identity>
+using grouped_format = pk::cache_format<pk::grouped_key_codec<KeyDim, KeyWidth, KeyGroup, KeyTransform>,
+                                        pk::grouped_value_codec<ValueDim, ValueWidth, ValueGroup, ValueTransform>>;
+using kivi = grouped_format<128, 2, 32, 128, 2, 32>;
+using kivi_64 = grouped_format<64, 1, 64, 64, 3, 16, pk::hadamard, pk::hadamard>;
+
 /// Queries in 16 bits, weights in halves: against double, relative to the norm of an output row. Queries are rounded
 /// after they are multiplied by the steps of the codes, so that channels of 8 bits get few of the 16 where others
 /// have 1.

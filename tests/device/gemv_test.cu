@@ -22,6 +22,9 @@ using dim_192 =
 using dim_256 = static_format<256, 256, pk::plan<4, 2, 2, 2, 0, 0, 0, 0>,
                               pk::plan<4, 4, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0>, pk::identity, pk::identity>;
 using no_bits = static_format<64, 64, pk::plan<0, 0, 0, 0>, pk::plan<0, 0, 0, 0>, pk::identity, pk::identity, 1>;
+using kivi = pk::cache_format<pk::grouped_key_codec<128, 2>, pk::grouped_value_codec<128, 2>>;
+using kivi_64 =
+    pk::cache_format<pk::grouped_key_codec<64, 1, 64, pk::hadamard>, pk::grouped_value_codec<64, 3, 16, pk::hadamard>>;
 
 // Weights times row scales in halves; queries times column scales in 16 bits, the largest of which sets the unit.
 constexpr double tolerance = 1e-3, key_tolerance = 4e-3;
@@ -216,6 +219,15 @@ TEST_CASE("static key_gemv and value_gemv agree with the reference for random sh
     agrees<dim_256>(random, group());
     agrees<no_bits>(random, group());
     agrees<dim_64>(random, random.between(17, 40));
+  }
+}
+
+TEST_CASE("GEMVs of grouped keys and values agree with the reference for random shapes") {
+  random_source random(8270);
+  for (int round = 0; round < repeats; ++round) {
+    agrees<kivi>(random, 1, 3 * most_tokens);
+    agrees<kivi>(random, random.between(2, 16));
+    agrees<kivi_64>(random, random.between(1, 16));
   }
 }
 

@@ -43,6 +43,10 @@ struct real_format<256, 4> {
                             pk::plan<4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4>, pk::identity>;
 };
 
+/// KIVI's groups.
+template <int Dim, int Bits>
+using kivi_format = pk::cache_format<pk::grouped_key_codec<Dim, Bits>, pk::grouped_value_codec<Dim, Bits>>;
+
 void take(tensor_data& to, const half_array& from) {
   change(to, [&](auto, auto h, auto t, auto c, float) {
     return pk::half_to_float(
@@ -53,6 +57,7 @@ void take(tensor_data& to, const half_array& from) {
 /// Calibrates a side on the cache itself.
 void calibrate(side_data& side, const pk::codec_spec& spec, const tensor_data& x, bool centred,
                const pk::input_view<4>* queries) {
+  if (spec.kind == pk::codec_kind::grouped) return;
   const auto dim = static_cast<std::size_t>(spec.head_dim), heads = static_cast<std::size_t>(x.heads);
   side.columns.assign(heads * dim, 0.0f);
   side.offset.assign(centred ? heads * dim : 0, 0.0f);
@@ -150,6 +155,11 @@ void check_layer(const layer& l, summary& all) {
       if (!centred) all = {all.sum + e.mean, all.count + 1};
     }
   }
+  const row_errors kivi = errors_of<kivi_format<Dim, Bits>>(l, false, 16);
+  std::printf("%s KIVI %d bits: 16 queries mean %.1e, worst %.1e\n", l.stem.c_str(), Bits, kivi.mean, kivi.worst);
+  INFO(l.stem << ", KIVI " << Bits << " bits, mean " << kivi.mean << ", worst " << kivi.worst);
+  CHECK(kivi.mean <= 1e-3);
+  CHECK(kivi.worst <= 3e-2);
 }
 
 template <int Dim>

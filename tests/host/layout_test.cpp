@@ -239,7 +239,7 @@ TEST_CASE("wrong plans, codecs and formats are refused", "[layout]") {
   CHECK(with([](auto& s) { s.leading = 4; }) == code::ok);
   CHECK(with([](auto& s) { s.leading = 5; }) == code::invalid_argument);
   CHECK(with([](auto& s) { s.leading = -1; }) == code::invalid_argument);
-  CHECK(with([](auto& s) { s.kind = static_cast<pk::codec_kind>(4); }) == code::invalid_argument);
+  CHECK(with([](auto& s) { s.kind = static_cast<pk::codec_kind>(5); }) == code::invalid_argument);
   CHECK(with([](auto& s) { s.transform = static_cast<pk::transform_kind>(4); }) == code::invalid_argument);
   CHECK(with([](auto& s) { s.strips.count = 33; }) == code::invalid_argument);
   CHECK(with([](auto& s) { s.strips.count = -1; }) == code::invalid_argument);

@@ -96,14 +96,15 @@ class xxh64 {
   }
 };
 
-/// 40 bytes that describe one side: kind, transform, head dim, leading components, strips and their widths.
+/// 40 bytes that describe one side: kind, transform, head dim, leading components or group size, strips and their
+/// widths.
 inline void describe_codec(const codec_spec& spec, std::uint8_t (&out)[40]) {
   std::memset(out, 0, sizeof out);
   out[0] = static_cast<std::uint8_t>(spec.kind);
   out[1] = static_cast<std::uint8_t>(spec.transform);
   store_little(out + 2, static_cast<std::uint16_t>(spec.head_dim));
-  store_little(out + 4, static_cast<std::uint16_t>(spec.leading));
-  if (spec.kind != codec_kind::plan) return;
+  store_little(out + 4, static_cast<std::uint16_t>(spec.kind == codec_kind::grouped ? spec.group : spec.leading));
+  if (!spec.has_codes()) return;
   store_little(out + 6, static_cast<std::uint16_t>(spec.strips.count));
   for (int i = 0; i < spec.strips.count; ++i) out[8 + i] = spec.strips.width[i];
 }
@@ -146,8 +147,8 @@ inline std::uint64_t parameters_id(const parameters<Format>& p, std::int32_t kv_
   };
   const auto add_side = [&](const codec_spec& spec, const side_parameters& s) {
     const std::int64_t channels = static_cast<std::int64_t>(kv_heads) * spec.head_dim;
-    const bool coded = spec.kind == codec_kind::plan;
-    add(coded ? s.column_scale : nullptr, channels * static_cast<std::int64_t>(sizeof(float)));
+    const bool coded = spec.has_codes();
+    add(spec.kind == codec_kind::plan ? s.column_scale : nullptr, channels * static_cast<std::int64_t>(sizeof(float)));
     add(spec.transform == transform_kind::permutation ? s.permutation : nullptr,
         channels * static_cast<std::int64_t>(sizeof(std::int16_t)));
     if (coded && s.channel_offset != nullptr)

@@ -82,6 +82,19 @@ inline status check_kv(const parameters<Format>& p, const pages_view& pages, con
   return {};
 }
 
+/// The arguments of store_tiles.
+template <class Format>
+inline status check_store_tiles(const input_view<4>& keys, const input_view<4>& values, const tile_move* moves,
+                                std::int64_t n, const parameters<Format>& p, const pages_view& pages) {
+  if (const status s = check_kv(p, pages, keys, values); !s) return s;
+  if (const status s = check_encoder(p); !s) return s;
+  if (n < 0 || n > max_count) return refuse(status_code::invalid_argument, "0 to 2^31 - 1 tiles at a time", n);
+  if (moves == nullptr && n > 0) return refuse(status_code::invalid_argument, "the moves of store_tiles are null");
+  if (n > 0 && keys.extent[2] < tile_tokens)
+    return refuse(status_code::shape_mismatch, "a tile has 64 tokens, the tensors fewer", keys.extent[2]);
+  return {};
+}
+
 template <class Format>
 inline status check_cache(const parameters<Format>& p, const cache_view& cache) {
   if (const status s = check_parameters(p); !s) return s;

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <cstdint>
-#include <packkv/codec/strips.hpp>
+#include <packkv/codec/layout.hpp>
 #include <packkv/codec/transform.hpp>
 #include <packkv/core/views.hpp>
 
@@ -17,6 +17,7 @@ enum class codec_kind : std::uint8_t {
   float16,   ///< elements as IEEE half, token-major
   bfloat16,  ///< elements as bfloat16, token-major
   fp8,       ///< elements as FP8 E4M3 times one scale per tensor, token-major
+  grouped,   ///< codes of one width, a maximum and a minimum per group: of keys along tokens, of values along channels
 };
 
 /// Everything that decides the bytes of a tile of one side.
@@ -25,12 +26,22 @@ struct codec_spec {
   transform_kind transform = transform_kind::identity;
   std::int16_t head_dim = 128;
   std::int16_t leading = 0;  ///< leading key components kept in 8 bits beside the codes
-  strip_layout strips = {};  ///< plan only
+  std::int16_t group = 0;    ///< grouped only: tokens (keys) or channels (values) that share a maximum and a minimum
+  strip_layout strips = {};  ///< plan and grouped
 
+  /// The tile begins with code words.
+  PACKKV_HOST_DEVICE constexpr bool has_codes() const {
+    return kind == codec_kind::plan || kind == codec_kind::grouped;
+  }
+  /// Tokens share numbers, so that only whole tiles can be coded.
+  PACKKV_HOST_DEVICE constexpr bool needs_tiles() const {
+    return kind == codec_kind::grouped && strips.which == side::key;
+  }
   /// Bytes of the codes (or elements), which come first in the tile.
   PACKKV_HOST_DEVICE constexpr int code_bytes() const {
     switch (kind) {
       case codec_kind::plan:
+      case codec_kind::grouped:
         return strips.words * 4;
       case codec_kind::fp8:
         return tile_tokens * head_dim;
@@ -40,8 +51,22 @@ struct codec_spec {
   }
   /// Offset of the leading components, behind the 64 row scales.
   PACKKV_HOST_DEVICE constexpr int leading_offset() const { return code_bytes() + tile_tokens * 2; }
+  /// grouped: groups of a tile; the maxima lie behind the codes, the minima behind the maxima, both as IEEE half.
+  PACKKV_HOST_DEVICE constexpr int groups() const {
+    return strips.which == side::key ? tile_tokens / group * head_dim : head_dim / group * tile_tokens;
+  }
+  /// Number of an element's group in the tile.
+  PACKKV_HOST_DEVICE constexpr int group_of(int token, int channel) const {
+    return strips.which == side::key ? token / group * head_dim + channel
+                                     : channel / group * tile_tokens + row_slot(token);
+  }
+  PACKKV_HOST_DEVICE constexpr int maximum_offset(int group_number) const { return code_bytes() + 2 * group_number; }
+  PACKKV_HOST_DEVICE constexpr int minimum_offset(int group_number) const {
+    return maximum_offset(groups() + group_number);
+  }
   /// Bytes of a tile: a multiple of 16.
   PACKKV_HOST_DEVICE constexpr int tile_bytes() const {
+    if (kind == codec_kind::grouped) return group > 0 ? minimum_offset(groups()) : 0;
     return kind == codec_kind::plan ? leading_offset() + leading * tile_tokens : code_bytes();
   }
   /// Bits stored per value of a full tile, everything counted.
@@ -65,6 +90,22 @@ PACKKV_HOST_DEVICE constexpr bool same_layout(const strip_layout& a, const strip
     same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
   return same;
 }
+/// What a grouped codec must satisfy beside what plans do.
+PACKKV_HOST_DEVICE constexpr status check_groups(side which, const codec_spec& spec) {
+  const int width = spec.strips.width[0];
+  for (int i = 0; i < spec.strips.count; ++i)
+    if (width == 0 || spec.strips.width[i] != width)
+      return refuse(status_code::unsupported, "grouped codes have 1, 2, 3, 4 or 8 bits, the same in all strips");
+  if (spec.transform != transform_kind::identity && spec.transform != transform_kind::hadamard)
+    return refuse(status_code::unsupported, "grouped codecs take the identity or the Hadamard transform");
+  if (spec.leading != 0) return refuse(status_code::unsupported, "grouped codecs have no leading components");
+  if (which == side::key && spec.group != 32 && spec.group != 64)
+    return refuse(status_code::unsupported, "a group of keys has 32 or 64 tokens of a channel", spec.group);
+  if (which == side::value && (spec.group < 16 || spec.group % 16 != 0 || spec.head_dim % spec.group != 0))
+    return refuse(status_code::unsupported, "a group of values is a multiple of 16 channels that divides head_dim",
+                  spec.group);
+  return {};
+}
 /// 0, which check_codec refuses, for a head dim that has no kernels.
 PACKKV_HOST_DEVICE constexpr std::int16_t stored_head_dim(int head_dim) {
   return is_head_dim(head_dim) ? static_cast<std::int16_t>(head_dim) : std::int16_t{0};
@@ -75,9 +116,11 @@ PACKKV_HOST_DEVICE constexpr std::int16_t stored_head_dim(int head_dim) {
 PACKKV_HOST_DEVICE constexpr status check_codec(side which, const codec_spec& spec) {
   if (!is_head_dim(spec.head_dim))
     return refuse(status_code::unsupported, "head_dim must be 64, 96, 128, 192, 256 or 512", spec.head_dim);
-  if (static_cast<int>(spec.kind) > 3 || static_cast<int>(spec.transform) > 3)
+  if (static_cast<int>(spec.kind) > 4 || static_cast<int>(spec.transform) > 3)
     return refuse(status_code::invalid_argument, "unknown codec kind or transform");
-  if (spec.kind != codec_kind::plan) {
+  if (spec.kind != codec_kind::grouped && spec.group != 0)
+    return refuse(status_code::invalid_argument, "only grouped codecs have a group size", spec.group);
+  if (!spec.has_codes()) {
     if (spec.transform != transform_kind::identity || spec.leading != 0)
       return refuse(status_code::unsupported, "16-bit and FP8 formats take no transform and no leading components");
     return {};
@@ -94,7 +137,7 @@ PACKKV_HOST_DEVICE constexpr status check_codec(side which, const codec_spec& sp
     return refuse(status_code::invalid_argument, "0 to 4 leading components");
   if (spec.leading > 0 && which == side::value)
     return refuse(status_code::unsupported, "only keys have leading components");
-  return {};
+  return spec.kind == codec_kind::grouped ? detail::check_groups(which, spec) : status{};
 }
 
 /// A plan codec from run-time data; check it with check_codec.
@@ -105,6 +148,22 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_plan_codec(side which, int head_dim
   spec.transform = transform;
   spec.head_dim = detail::stored_head_dim(head_dim);
   spec.leading = static_cast<std::int16_t>(leading);
+  spec.strips = make_strips(which, head_dim, widths);
+  return spec;
+}
+
+/// A grouped codec from run-time data; check it with check_codec. `group`: tokens (keys) or channels (values).
+PACKKV_HOST_DEVICE constexpr codec_spec make_grouped_codec(side which, int head_dim, int width, int group,
+                                                           transform_kind transform = transform_kind::identity) {
+  codec_spec spec;
+  spec.kind = codec_kind::grouped;
+  spec.transform = transform;
+  spec.head_dim = detail::stored_head_dim(head_dim);
+  spec.group = static_cast<std::int16_t>(group < 0 || group > max_head_dim ? -1 : group);
+  strip_widths widths;
+  if (spec.head_dim == 0 || width < 1 || !is_plan_width(width)) return spec;
+  widths.count = head_dim / strip_channels(which, head_dim);
+  for (int i = 0; i < widths.count; ++i) widths.width[i] = static_cast<std::uint8_t>(width);
   spec.strips = make_strips(which, head_dim, widths);
   return spec;
 }
@@ -130,6 +189,19 @@ struct plan_codec {
     return make_plan_codec(Which, HeadDim, Transform::kind, Plan::widths(), Leading);
   }
 };
+template <side Which, int HeadDim, int Width, int Group, class Transform>
+struct grouped_codec {
+  static_assert(check_codec(Which, make_grouped_codec(Which, HeadDim, Width, Group, Transform::kind)).code ==
+                    status_code::ok,
+                "a grouped codec has codes of 1, 2, 3, 4 or 8 bits, the identity or the Hadamard transform, and groups "
+                "of 32 or 64 tokens (keys) or of a multiple of 16 channels that divides head_dim (values)");
+  static constexpr int head_dim = HeadDim;
+  template <side Side>
+  static constexpr bool serves = Side == Which;
+  PACKKV_HOST_DEVICE static constexpr codec_spec spec() {
+    return make_grouped_codec(Which, HeadDim, Width, Group, Transform::kind);
+  }
+};
 template <codec_kind Kind, int HeadDim>
 struct element_codec {
   static_assert(is_head_dim(HeadDim), "head_dim must be 64, 96, 128, 192, 256 or 512");
@@ -150,6 +222,14 @@ template <int HeadDim, class Transform, class RowScale, class Plan>
 struct value_codec : detail::plan_codec<side::value, HeadDim, Transform, Plan, 0> {
   static_assert(std::is_same_v<RowScale, rms_scale>, "plan codecs scale tokens by rms_scale");
 };
+/// Keys with a maximum and a minimum per channel and `Group` tokens of a tile, 32 or 64, as in KIVI (Liu et al., "KIVI:
+/// a tuning-free asymmetric 2bit quantization for KV cache", 2024). Transform: identity or hadamard. Such tokens cannot
+/// be coded alone: keep the newest in a ring and code tiles when they are full (store_tiles).
+template <int HeadDim, int Width, int Group = 32, class Transform = identity>
+struct grouped_key_codec : detail::grouped_codec<side::key, HeadDim, Width, Group, Transform> {};
+/// Values with a maximum and a minimum per token and `Group` channels, as in KIVI.
+template <int HeadDim, int Width, int Group = 32, class Transform = identity>
+struct grouped_value_codec : detail::grouped_codec<side::value, HeadDim, Width, Group, Transform> {};
 /// 16-bit and FP8 baselines, for either side.
 template <int HeadDim>
 struct float16_codec : detail::element_codec<codec_kind::float16, HeadDim> {};

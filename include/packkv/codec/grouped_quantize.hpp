@@ -65,10 +65,15 @@ struct group_values {
   double offset() const { return static_cast<double>(step) * static_cast<double>(zero) + static_cast<double>(minimum); }
 };
 
+/// step_rule::min_max.
+PACKKV_HOST_DEVICE inline group_values min_max_values(int width, group_numbers n) {
+  const float maximum = half_to_float(n.first), minimum = half_to_float(n.minimum);
+  // Finite fp16 numbers differ by at most 131008.
+  return {div_rn(sub_rn(maximum, minimum), static_cast<float>(top_code(width))), minimum};
+}
 PACKKV_HOST_DEVICE inline group_values values_of(const grouped_spec& spec, group_numbers n) {
+  if (spec.step == step_rule::min_max) return min_max_values(spec.width, n);
   const float first = half_to_float(n.first), minimum = half_to_float(n.minimum);
-  if (spec.step == step_rule::min_max)  // finite fp16 numbers differ by at most 131008
-    return {div_rn(sub_rn(first, minimum), static_cast<float>(top_code(spec.width))), minimum};
   if (spec.step == step_rule::gaussian_mean) return {first, minimum};
   const float step = mul_rn(first, gaussian_step(spec.width));
   return {step, mul_rn(step, -code_centre(spec.width))};
@@ -87,10 +92,14 @@ PACKKV_HOST_DEVICE inline std::uint32_t encode_in(const grouped_spec& spec, grou
   return is_nan(v.step) ? 0u : encode_element(y, v.step, spec.width);
 }
 
+/// Reconstruction of a code of a group with a minimum; NaN in a group that is not valid.
+PACKKV_HOST_DEVICE inline float decode_between(group_values v, std::uint32_t code) {
+  return add_rn(mul_rn(v.step, static_cast<float>(code) + v.zero), v.minimum);
+}
 /// Reconstruction of a code; NaN in a group that is not valid.
 PACKKV_HOST_DEVICE inline float decode_in(const grouped_spec& spec, group_values v, std::uint32_t code) {
   if (!spec.has_minima()) return decode_element(code, v.step, spec.width);
-  return add_rn(mul_rn(v.step, static_cast<float>(code) + v.zero), v.minimum);
+  return decode_between(v, code);
 }
 
 /// fp16 bits of the mean of a channel over the first `tokens` tokens of x [heads, tokens, head_dim]; 0 where it is not

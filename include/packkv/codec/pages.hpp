@@ -51,6 +51,13 @@ struct ring_view {
   std::int32_t window = 0;
 };
 
+/// A tile for store_tiles to code, and where its 64 tokens are.
+struct tile_move {
+  std::int64_t slot = -1;   ///< of its first token: page * page_tokens + token in page, a multiple of 64; < 0: no tile
+  std::int32_t row = 0;     ///< of the tensors, or of the ring
+  std::int32_t first = 0;   ///< its token t lies at (first + t) % tokens
+};
+
 /// A batch of sequences in a paged cache, with the optional 16-bit overlays.
 struct cache_view {
   pages_view pages = {};
@@ -78,7 +85,7 @@ enum report_flag : std::uint32_t {
   report_page_out_of_range = 4u,      ///< a page id >= num_pages, or a store slot beyond the pages
   report_page_missing = 8u,           ///< a negative page id, or a table row too short, inside a sequence
   report_length_out_of_range = 16u,   ///< a sequence or query length outside its stated maximum
-  report_ring_row_out_of_range = 32u,  ///< a ring row beyond the ring: the sequence has none
+  report_ring_row_out_of_range = 32u,  ///< a ring row beyond the ring: the sequence has none; store_tiles: the tile has none
   report_code_overflow = 64u,         ///< packs, strip-adaptive: a code above 255, which became 255
   report_order_invalid = 128u,        ///< packs: a given order of a block that is no permutation of its 64 tokens
   report_tile_damaged = 256u          ///< packs, strip-adaptive: a tile that contradicts itself: its elements read as NaN
@@ -203,6 +210,25 @@ PACKKV_HOST_DEVICE inline visibility make_visibility(const cache_view& cache, co
     v.ring_window = cache.ring.window;
   }
   return v;
+}
+
+/// Where a tile goes.
+struct tile_place {
+  bool valid;
+  std::int64_t page;
+  int slot;  ///< tile of the page
+};
+/// Of a move from tensors [rows, kv_heads, tokens, head_dim]. What is wrong with it is added to `flags`.
+PACKKV_HOST_DEVICE inline tile_place place_of(const tile_move& m, const input_view<4>& from, const pages_view& pages,
+                                              std::uint32_t& flags) {
+  if (m.slot < 0) return {false, 0, 0};
+  const std::int64_t tile = m.slot / tile_tokens, page = tile / pages.tiles_per_page;
+  const bool row = m.row >= 0 && m.row < from.extent[0], first = m.first >= 0 && m.first < from.extent[2];
+  const bool slot = m.slot % tile_tokens == 0 && page < pages.num_pages;
+  if (!slot) flags |= report_page_out_of_range;
+  if (!row) flags |= report_ring_row_out_of_range;
+  if (!first) flags |= report_length_out_of_range;
+  return {slot && row && first, page, static_cast<int>(tile % pages.tiles_per_page)};
 }
 
 }  // namespace detail

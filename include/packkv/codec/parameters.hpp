@@ -21,8 +21,9 @@ struct side_parameters {
   const float* leading_scale = nullptr;
   /// fp8: the tensor is stored divided by this. Finite and > 0.
   float tensor_scale = 1.0f;
-  /// plan: subtracted from every token before the transform, [kv_heads, head_dim], finite; the channel means. Null: 0.
-  /// Costs nothing per token at decode: K adds q . offset to a score, V adds the sum of weights times offset.
+  /// plan and grouped: subtracted from every token before the transform, [kv_heads, head_dim], finite; the channel
+  /// means. Null: 0. Costs nothing per token at decode: K adds q . offset to a score, V adds the sum of weights times
+  /// offset.
   const float* channel_offset = nullptr;
   /// basis transform: [kv_heads, head_dim, head_dim], 16-byte aligned, row i of a head is the vector of original
   /// channels for which transformed channel i stands. Required by it.
@@ -62,7 +63,7 @@ PACKKV_HOST_DEVICE inline head_parameters of_head(const codec_spec& spec, const 
           p.permutation != nullptr ? p.permutation + row : nullptr,
           p.leading_scale != nullptr ? p.leading_scale + static_cast<std::int64_t>(head) * spec.leading : nullptr,
           p.tensor_scale,
-          spec.kind == codec_kind::plan && p.channel_offset != nullptr ? p.channel_offset + row : nullptr,
+          spec.has_codes() && p.channel_offset != nullptr ? p.channel_offset + row : nullptr,
           p.basis != nullptr ? p.basis + row * spec.head_dim : nullptr,
           p.basis_inverse != nullptr ? p.basis_inverse + row * spec.head_dim : nullptr};
 }
@@ -81,12 +82,15 @@ inline status check_side(const codec_spec& spec, const side_parameters& p) {
     return refuse(status_code::misaligned, "side_parameters::basis must be 16-byte aligned");
   if (spec.leading > 0 && p.leading_scale == nullptr)
     return refuse(status_code::invalid_argument, "leading components need side_parameters::leading_scale");
+  if (spec.kind == codec_kind::grouped && p.column_scale != nullptr)
+    return refuse(status_code::invalid_argument,
+                  "grouped codecs have no column_scale: their groups store their bounds");
   if (spec.kind == codec_kind::fp8 && (!is_finite(p.tensor_scale) || !(p.tensor_scale > 0.0f)))
     return refuse(status_code::invalid_argument, "fp8 needs a finite tensor_scale > 0");
   return {};
 }
 
-/// What coding tokens needs beside check_parameters.
+/// What coding needs beside check_parameters.
 template <class Format>
 inline status check_encoder(const parameters<Format>& p) {
   const auto lacks = [](const codec_spec& spec, const side_parameters& side) {
@@ -95,6 +99,14 @@ inline status check_encoder(const parameters<Format>& p) {
   if (lacks(p.format.key(), p.key) || lacks(p.format.value(), p.value))
     return refuse(status_code::invalid_argument, "coding in a basis needs side_parameters::basis_inverse");
   return {};
+}
+
+/// What coding tokens one by one needs beside check_encoder.
+template <class Format>
+inline status check_token_encoder(const parameters<Format>& p) {
+  if (p.format.key().needs_tiles())
+    return refuse(status_code::unsupported, "keys grouped along tokens are coded by tiles: store_tiles or compress");
+  return check_encoder(p);
 }
 
 }  // namespace detail

@@ -135,6 +135,17 @@ __device__ inline std::uint32_t multiply_halves(std::uint32_t a, std::uint32_t b
   return y;
 #endif
 }
+/// a * b + c of halves, rounded once, to nearest even.
+__device__ inline std::uint32_t multiply_add_halves(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const two_floats x = unpack_halves(a), y = unpack_halves(b), z = unpack_halves(c);
+  return pack_halves(fmaf(x.low, y.low, z.low), fmaf(x.high, y.high, z.high));
+#else
+  std::uint32_t y;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+#endif
+}
 /// The low or the high half of x, twice.
 template <bool High>
 __device__ inline std::uint32_t half_twice(std::uint32_t x) {

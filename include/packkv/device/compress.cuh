@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device-wide compress, decompress and store_tokens. Definitions: reference/compress.hpp; same bytes.
+// Device-wide compress, decompress, store_tokens and store_tiles. Definitions: reference/compress.hpp; same bytes.
 //   status s = packkv::compress(keys, values, lengths, params, pages, table, exec{stream});
 #pragma once
 
@@ -83,11 +83,12 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
 /// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
 ///        tokens are untouched. Slots beyond the pages are skipped and reported. Uses no workspace.
+/// \return unsupported for keys that are grouped along tokens: code their tiles with store_tiles when they are full.
 template <class Format>
 status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots,
                     const parameters<Format>& params, const pages_view& pages, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
-  if (const status s = detail::check_encoder(params); !s) return s;
+  if (const status s = detail::check_token_encoder(params); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const std::int64_t items = keys.extent[0] * keys.extent[1];
   if (items == 0) return {};
@@ -99,6 +100,30 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
     return s;
   return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream,
                         detail::value_side(params), pages, values, slots, e.report);
+}
+
+/// Codes n whole tiles, in stream order; capturable in a graph: what a cache needs whose keys are grouped along tokens
+/// (grouped_key_codec). Keep at least the newest 64 tokens in a ring, which decode_attention reads in their place; when
+/// a sequence reaches a multiple of 64 tokens, code the tile that is full from the ring. Any format will do.
+/// \param keys,values device memory [rows, kv_heads, tokens, D_k / D_v] with at least 64 tokens, float16 or bfloat16,
+/// any
+///        strides (bytes): the ring, or new tokens of a prompt.
+/// \param moves device memory [n], 8-byte aligned, with different slots; negative slots are skipped, so that a graph
+/// can
+///        hold the most tiles that may fill. Moves out of range are skipped and reported. Uses no workspace.
+template <class Format>
+status store_tiles(const input_view<4>& keys, const input_view<4>& values, const tile_move* moves, std::int64_t n,
+                   const parameters<Format>& params, const pages_view& pages, const exec& e) {
+  if (const status s = detail::check_store_tiles(keys, values, moves, n, params, pages); !s) return s;
+  if (n == 0) return {};
+  const dim3 grid = detail::grid_for(n * pages.kv_heads);
+  constexpr int threads = kernel::compress_warps * 32;
+  if (const status s = detail::launch(kernel::store_tiles<Format::key_head_dim>, grid, threads, e.stream,
+                                      detail::key_side(params), pages, keys, moves, n, e.report);
+      !s)
+    return s;
+  return detail::launch(kernel::store_tiles<Format::value_head_dim>, grid, threads, e.stream,
+                        detail::value_side(params), pages, values, moves, n, e.report);
 }
 
 }  // namespace packkv

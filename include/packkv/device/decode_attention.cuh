@@ -59,12 +59,12 @@ checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t 
   return blocks * block::split_merge<ValueDim, policy::decode_rows>::floats_per_split * 4 + workspace_counter_bytes;
 }
 
-/// Formats of which the plans are known at compile time have kernels with matrix instructions.
+/// Formats of which the codes are known at compile time have kernels with matrix instructions.
 template <class Format, class = void>
 struct has_fused_kernel : std::false_type {};
 template <class Format>
 struct has_fused_kernel<Format, std::void_t<typename Format::key_codec_type>>
-    : std::bool_constant<Format::key().kind == codec_kind::plan && Format::value().kind == codec_kind::plan> {};
+    : std::bool_constant<Format::key().has_codes() && Format::value().has_codes()> {};
 
 template <class Format, int Rows>
 inline constexpr std::int64_t fused_part_bytes =

@@ -217,16 +217,17 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
 /// Bytes of workspace of value_gemv for every call within the maxima (max_query_len does not count), whichever kernel
 /// the format has. A pure function; -1 as decode_workspace_bytes.
 template <class Format>
-std::int64_t value_gemv_workspace_bytes(decode_maxima m) {
-  m.max_query_len = 1;
-  if constexpr (detail::has_fused_kernel<Format>::value) {
-    if (m.batch < 0 || m.kv_heads <= 0 || m.query_heads < m.kv_heads || m.query_heads % m.kv_heads != 0 ||
-        m.max_seq_len < 0 || m.splits < 0)
-      return -1;
-    return detail::value_gemv_bound<Format>(m.batch, m.kv_heads, m.query_heads / m.kv_heads, m.splits).value();
-  } else {
-    return decode_workspace_bytes<Format>(m);
-  }
+std::int64_t value_gemv_workspace_bytes(const decode_maxima& m) {
+  if (m.batch < 0 || m.kv_heads <= 0 || m.query_heads < m.kv_heads || m.query_heads % m.kv_heads != 0 ||
+      m.max_seq_len < 0 || m.splits < 0)
+    return -1;
+  const std::int64_t group = m.query_heads / m.kv_heads;
+  checked bytes = 0;
+  if constexpr (detail::has_fused_kernel<Format>::value)
+    bytes = detail::value_gemv_bound<Format>(m.batch, m.kv_heads, group, m.splits);
+  else
+    bytes = detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, group, m.max_seq_len, m.splits);
+  return bytes.valid() ? bytes.value() : -1;
 }
 
 /// out[b, h, :] = sum over t < seq_lens[b] of weights[b, h, t] * v^[b, t, :], in stream order.
@@ -234,7 +235,7 @@ std::int64_t value_gemv_workspace_bytes(decode_maxima m) {
 /// Tokens without a page count as 0, and so do tokens of weight 0 whatever they hold. The cache has no sinks and no
 /// ring. \param splits blocks that share a sequence and KV head; 0: chosen from maxima. Results repeat bit for bit for
 /// the same number of splits. \param e workspace of value_gemv_workspace_bytes(maxima), initialised once. \remark
-/// Formats whose plans are known at compile time have a kernel with matrix instructions, for up to 16 query heads per
+/// Formats whose codes are known at compile time have a kernel with matrix instructions, for up to 16 query heads per
 /// KV head in one pass over the cache (8 for D_v = 512). Weights may have any size and sign: each weight times row
 /// scale is rounded to a half relative to a power of two of its row, so that it is off by at most 2^-11 of itself or
 /// 2^-22 of the largest of its row so far, whichever is more; sums are float32, before the inverse transform. A weight

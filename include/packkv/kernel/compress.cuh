@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that write and read whole tiles: compress (a block per tile), decompress (a warp per token),
+// Kernels that write and read whole tiles: compress and store_tiles (a block per tile), decompress (a warp per token),
 // store_tokens (a warp per token).
 #pragma once
 
@@ -31,6 +31,48 @@ __device__ inline std::uint8_t* tile_address(const side_args& s, const pages_vie
   return s.which == side::key ? key_tile(pages, s.spec, page, head, slot) : value_tile(pages, s.spec, page, head, slot);
 }
 
+/// Codes a tile of one KV head from `count` tokens; token(t) is the address of the channels of its token t, which lie
+/// `stride` bytes apart. Unused slots become zero bytes. By the whole block; `words` is shared memory.
+template <int HeadDim, class Token>
+__device__ inline void encode_tile(const codec_spec& spec, const head_parameters& parameters, int count, Token&& token,
+                                   std::int64_t stride, dtype type, std::uint8_t* tile,
+                                   std::uint32_t (&words)[HeadDim * tile_tokens / 4], std::uint32_t& flags,
+                                   std::uint32_t& clamps) {
+  using namespace packkv::detail;
+  for (int w = static_cast<int>(threadIdx.x); w < spec.strips.words; w += compress_warps * 32) words[w] = 0;
+  // What lies behind the code words here, element tiles token by token below.
+  if (spec.has_codes())
+    for (int i = spec.code_bytes() + 4 * static_cast<int>(threadIdx.x); i < spec.tile_bytes();
+         i += 4 * compress_warps * 32)
+      *reinterpret_cast<std::uint32_t*>(tile + i) = 0;
+  __syncthreads();
+  const auto channels_of = [&](int t) {
+    const char* const channels = static_cast<const char*>(token(t));
+    return [=](int c) { return load_element(channels + c * stride, type); };
+  };
+  const auto put_bits = [&](const code_write& w) { atomicOr(&words[w.word], w.bits); };
+  if (spec.needs_tiles()) {
+    for (int first = warp_id() * spec.group; first < count; first += compress_warps * spec.group)
+      warp::encode_token_group<HeadDim>(
+          spec, first, min_of<int>(spec.group, count - first),
+          [&](int t, auto& y) { return warp::to_coded_basis<HeadDim>(spec, parameters, channels_of(t), y); }, tile,
+          put_bits, flags);
+  } else {
+    for (int t = warp_id(); t < tile_tokens; t += compress_warps) {
+      if (t < count) {
+        warp::encode_token<HeadDim>(spec, parameters, channels_of(t), t, tile, put_bits, flags, clamps);
+      } else if (!spec.has_codes()) {
+        const int bytes = spec.tile_bytes() / tile_tokens;
+        for (int i = 16 * lane_id(); i < bytes; i += 16 * warp_threads) store16(tile + t * bytes + i, bytes16{});
+      }
+    }
+  }
+  __syncthreads();
+  for (int w = 4 * static_cast<int>(threadIdx.x); w < spec.strips.words; w += 4 * compress_warps * 32)
+    store16(tile + 4 * w, bytes16{{words[w], words[w + 1], words[w + 2], words[w + 3]}});
+  __syncthreads();
+}
+
 /// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles (sequence, head, tile index).
 template <int HeadDim>
 __global__ void __launch_bounds__(compress_warps * 32)
@@ -52,34 +94,38 @@ __global__ void __launch_bounds__(compress_warps * 32)
       if (page >= 0) {
         std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
         const int count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - first));
-        const head_parameters parameters = of_head(s.spec, s.parameters, head);
-        for (int w = static_cast<int>(threadIdx.x); w < s.spec.strips.words; w += compress_warps * 32) words[w] = 0;
-        // Unused slots become zero bytes: the parts behind the code words here, element tiles token by token below.
-        if (s.spec.kind == codec_kind::plan)
-          for (int i = s.spec.code_bytes() + 4 * static_cast<int>(threadIdx.x); i < s.spec.tile_bytes();
-               i += 4 * compress_warps * 32)
-            *reinterpret_cast<std::uint32_t*>(tile + i) = 0;
-        __syncthreads();
-        for (int t = warp_id(); t < tile_tokens; t += compress_warps) {
-          if (t < count) {
-            const char* token = static_cast<const char*>(address(in, b, head, first + t, 0));
-            warp::encode_token<HeadDim>(
-                s.spec, parameters, [&](int c) { return load_element(token + c * in.stride[3], in.type); }, t, tile,
-                [&](const code_write& w) { atomicOr(&words[w.word], w.bits); }, flags, clamps);
-          } else if (s.spec.kind != codec_kind::plan) {
-            const int bytes = s.spec.tile_bytes() / tile_tokens;
-            for (int i = 16 * lane_id(); i < bytes; i += 16 * warp_threads) store16(tile + t * bytes + i, bytes16{});
-          }
-        }
-        __syncthreads();
-        for (int w = 4 * static_cast<int>(threadIdx.x); w < s.spec.strips.words; w += 4 * compress_warps * 32)
-          store16(tile + 4 * w, bytes16{{words[w], words[w + 1], words[w + 2], words[w + 3]}});
-        __syncthreads();
+        encode_tile<HeadDim>(
+            s.spec, of_head(s.spec, s.parameters, head), count,
+            [&](int t) { return address(in, b, head, first + t, 0); }, in.stride[3], in.type, tile, words, flags,
+            clamps);
       }
     }
     if (threadIdx.x == 0) flags |= table_flags;
   }
   detail::add_report(a.report, flags, clamps);
+}
+
+/// Codes n tiles of one side from where their moves say that the tokens are. Grid: any number of blocks; a block takes
+/// whole tiles of a head.
+template <int HeadDim>
+__global__ void __launch_bounds__(compress_warps * 32)
+    store_tiles(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
+                const __grid_constant__ input_view<4> in, const tile_move* moves, std::int64_t n,
+                device_report* report) {
+  using namespace packkv::detail;
+  __shared__ __align__(16) std::uint32_t words[HeadDim * tile_tokens / 4];
+  std::uint32_t flags = 0, clamps = 0;
+  for (std::int64_t item = blockIdx.x; item < n * pages.kv_heads; item += gridDim.x) {
+    const tile_move move = moves[item / pages.kv_heads];
+    const int head = static_cast<int>(item % pages.kv_heads);
+    const tile_place to = place_of(move, in, pages, flags);
+    if (!to.valid) continue;  // the same for all threads of the block
+    encode_tile<HeadDim>(
+        s.spec, of_head(s.spec, s.parameters, head), tile_tokens,
+        [&](int t) { return address(in, move.row, head, (std::int64_t{move.first} + t) % in.extent[2], 0); },
+        in.stride[3], in.type, tile_address(s, pages, to.page, head, to.slot), words, flags, clamps);
+  }
+  detail::add_report(report, flags, clamps);
 }
 
 /// Reconstructs every token of one side; a warp per token.

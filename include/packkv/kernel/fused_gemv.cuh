@@ -7,9 +7,9 @@
 #include <packkv/block/gemv_units.cuh>
 #include <packkv/block/part_merge.cuh>
 #include <packkv/policy/fused_gemv.hpp>
-#include <packkv/warp/mma_key_scores.cuh>
+#include <packkv/warp/grouped_key_scores.cuh>
+#include <packkv/warp/grouped_weights.cuh>
 #include <packkv/warp/raw_attention.cuh>
-#include <packkv/warp/scaled_weights.cuh>
 #include <packkv/warp/score_store.cuh>
 #include <packkv/warp/side_stream.cuh>
 
@@ -38,7 +38,7 @@ __device__ inline void load_query(const input_view<3>& queries, std::int64_t b, 
 /// What a block needs in shared memory whatever its shape, with room for the unit list and for the rings' barriers.
 template <class Codec, int Rows>
 inline constexpr int key_gemv_fixed_bytes =
-    static_cast<int>(sizeof(typename warp::mma_key_scores<Codec, Rows>::temp_storage) + sizeof(block::sequence_items)) +
+    static_cast<int>(sizeof(typename warp::key_scores_of<Codec, Rows>::temp_storage) + sizeof(block::sequence_items)) +
     3072;
 inline constexpr int value_gemv_fixed_bytes = static_cast<int>(sizeof(block::sequence_items)) + 3072;
 
@@ -61,13 +61,13 @@ constexpr int max_value_gemv_blocks(const policy::gemv_block_shape& shape) {
   return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
 }
 
-/// Codec is a static key_codec of kind plan.
+/// Codec is a static key_codec or grouped_key_codec.
 template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
 class key_gemv_block {
  public:
   static constexpr codec_spec spec = Codec::spec();
   static constexpr int tile_bytes = spec.tile_bytes();
-  using scores = warp::mma_key_scores<Codec, Rows>;
+  using scores = warp::key_scores_of<Codec, Rows>;
   static constexpr auto shape = key_gemv_shape<Codec, Rows>(SharedKib);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using units_type = block::gemv_units<Rows, threads>;
@@ -119,7 +119,7 @@ class key_gemv_block {
   }
 };
 
-/// Codec is a static value_codec of kind plan.
+/// Codec is a static value_codec or grouped_value_codec.
 template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib, int BlocksPerSm>
 class value_gemv_block {
  public:
@@ -173,24 +173,22 @@ class value_gemv_block {
     warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows, piece.length);
     if (piece.lo + warp_id() < piece.hi) source.load((piece.lo + warp_id()) * tile_tokens);
     stream.start();
-    warp::scaled_weights<values, Rows> weights;
-    values sum;
+    warp::weighted_sum_of<Codec, Rows> sum;
     int number;
     const std::uint8_t* tile;
     while (stream.next(number, tile)) {
       float w[warp::tokens_per_lane][values::lane_rows];
       source.get(w);
-      warp::value_operand<Rows> p = {};
-      if (tile != nullptr) weights.weigh(w, warp::load_rows(tile + values::code_bytes), sum, p);
+      if (tile != nullptr) sum.weigh(tile, w);
       // The next weights are on their way while this tile is added, and need no registers before.
       if (number + warps < piece.hi) source.load((number + warps) * tile_tokens);
-      if (tile != nullptr) sum.add(tile, p);
+      if (tile != nullptr) sum.add(tile);
       stream.release();
     }
     stream.report(a_.call.report);
     float* const part = parts_ + warp_id() * part_stride;
     float total[values::lane_rows];
-    weights.finish(sum, total, [&](int row, int channel, float x) { part[row * merge::row_floats + channel] = x; });
+    sum.finish(total, [&](int row, int channel, float x) { part[row * merge::row_floats + channel] = x; });
     if (lane_id() < 4)
       for (int i = 0; i < values::lane_rows; ++i) {
         float* const row = part + columns::row(i) * merge::row_floats;

@@ -4,16 +4,11 @@
 #pragma once
 
 #include <packkv/codec/grouped_checks.hpp>
-#include <packkv/codec/grouped_quantize.hpp>
+#include <packkv/warp/element.cuh>
 #include <packkv/warp/token_source.cuh>
 #include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
-
-/// The 16-bit number at a byte offset; the sum is a multiple of 2.
-__device__ inline std::uint16_t stored_half(const std::uint8_t* bytes, std::int64_t offset) {
-  return *reinterpret_cast<const std::uint16_t*>(bytes + offset);
-}
 
 /// x = T^-1 y + mean of head `head`, in place: the last step of decoding a token.
 template <int HeadDim>

@@ -92,10 +92,13 @@ struct key_scores {
 
   __device__ static void element_scores(const temp_storage& storage, const codec_spec& spec, const std::uint8_t* tile,
                                         int token, float (&score)[Rows]) {
+    const bool grouped = spec.kind == codec_kind::grouped;
     for (int c = 0; c < HeadDim; ++c) {
-      const float x = stored_element(spec.kind, tile, token * HeadDim + c);
+      const float x =
+          grouped ? grouped_element(spec, tile, token, c) : stored_element(spec.kind, tile, token * HeadDim + c);
       for (int r = 0; r < Rows; ++r) score[r] = fmaf(storage.query[r][c], x, score[r]);
     }
+    for (int r = 0; r < Rows && grouped; ++r) score[r] += storage.offset[r];
   }
 };
 

@@ -32,12 +32,7 @@ class lazy_softmax {
     using namespace packkv::detail;
     if (hidden != 0) hide(hidden, s, rows);
     float top[lane_rows];
-    bool rising = false;
-    for (int i = 0; i < lane_rows; ++i) {
-      top[i] = s[0][i];
-      for (int k = 1; k < tokens_per_lane; ++k) top[i] = fmaxf(top[i], s[k][i]);
-      rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
-    }
+    bool rising = rises(s, top);
     std::uint32_t row[4];
     for (int t = 0; t < 4; ++t) row[t] = multiply_halves(rows.word[t], row_factor_);
     rising = rising || any_half_above(largest_of(row), 0x3c003c00u);
@@ -52,11 +47,7 @@ class lazy_softmax {
         const two_floats rounded = unpack_halves(h);
         count<k0>(rounded.low, 0);
         count<k1>(rounded.high, 0);
-        // Lane 4 * c + p has column c: row c / 2, and the tokens of one half of 16 by c's parity.
-        const std::uint32_t x = movmatrix(h);
-        const bool odd = (lane_id() / 4) % 2 != 0;
-        p.b[t][0][0] = odd ? 0u : x;
-        p.b[t][0][1] = odd ? x : 0u;
+        p.set_paired(t, h);
       } else {
         const std::uint32_t row0 = half_twice<false>(row[t]), row1 = half_twice<true>(row[t]);
         for (int n = 0; n < columns::blocks; ++n) {
@@ -99,7 +90,18 @@ class lazy_softmax {
   /// What an empty row has for a maximum.
   static constexpr float lowest = -1e30f;
 
- private:
+ protected:
+  /// `top`: the highest of the lane's scores of each row; whether one is too far above the maximum.
+  __device__ bool rises(const float (&s)[tokens_per_lane][lane_rows], float (&top)[lane_rows]) const {
+    bool rising = false;
+    for (int i = 0; i < lane_rows; ++i) {
+      top[i] = s[0][i];
+      for (int k = 1; k < tokens_per_lane; ++k) top[i] = fmaxf(top[i], s[k][i]);
+      rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
+    }
+    return rising;
+  }
+
   /// A token's weight, in units of its place in the operand; it counts in the row's sum as it is.
   template <int K>
   __device__ float weight(float s, int i) {
@@ -136,9 +138,20 @@ class lazy_softmax {
   }
 
   __device__ void raise(float (&top)[lane_rows], std::uint32_t largest_rows, Sum& sum) {
+    const detail::two_floats pair = detail::unpack_halves(largest_rows);
+    const float ratio = raise_rows(fmaxf(pair.low, pair.high));
+    float factor[lane_rows];
+    raise_maxima(top, factor);
+    for (int i = 0; i < lane_rows; ++i) {
+      factor[i] *= ratio;
+      zero_[i] *= factor[i];
+    }
+    sum.rescale(factor);
+  }
+  /// Makes row scales up to `row` at most 1; returns what sums that have them are to be multiplied by.
+  __device__ float raise_rows(float row) {
     using namespace packkv::detail;
-    const two_floats pair = unpack_halves(largest_rows);
-    float row = fmaxf(fmaxf(pair.low, pair.high), 0.0f);
+    row = fmaxf(row, 0.0f);
     for (int m = 4; m < warp_threads; m *= 2) row = fmaxf(row, shuffle_xor(row, m));
     // 2^-e for the smallest e for which no row scale exceeds 2^e, within -15..16, and no larger than before.
     const int e = static_cast<int>((bit_cast<std::uint32_t>(row) + 0x7fffffu) >> 23) - 127;
@@ -146,17 +159,17 @@ class lazy_softmax {
     const float after =
         fminf(before, bit_cast<float>(static_cast<std::uint32_t>(127 - max_of(min_of(e, 16), -15)) << 23));
     row_factor_ = pack_halves(after, after);
-    const float ratio = after * row_unit(before);
-    float factor[lane_rows];
+    return after * row_unit(before);
+  }
+  /// Raises the maxima to `top`, the highest score of a tile; sums are to be multiplied by `factor`.
+  __device__ void raise_maxima(float (&top)[lane_rows], float (&factor)[lane_rows]) {
     for (int i = 0; i < lane_rows; ++i) {
-      for (int m = 4; m < warp_threads; m *= 2) top[i] = fmaxf(top[i], shuffle_xor(top[i], m));
-      const float maximum = fmaxf(maximum_[i], top[i]), shrunk = exp2_fast(maximum_[i] - maximum);
+      for (int m = 4; m < detail::warp_threads; m *= 2) top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
+      const float maximum = fmaxf(maximum_[i], top[i]);
+      factor[i] = detail::exp2_fast(maximum_[i] - maximum);
       maximum_[i] = maximum;
-      sum_[i] *= shrunk;
-      factor[i] = shrunk * ratio;
-      zero_[i] *= factor[i];
+      sum_[i] *= factor[i];
     }
-    sum.rescale(factor);
   }
   /// 1 / factor, for a power of two.
   __device__ static float row_unit(float factor) {

@@ -20,6 +20,16 @@ namespace packkv::warp {
 template <int Rows>
 struct value_operand {
   std::uint32_t b[4][score_columns<Rows>::blocks][2];
+
+  /// Where rows are paired: the operand of the tokens 16 * t on from the lane's weights of two of them. All lanes take
+  /// part.
+  __device__ void set_paired(int t, std::uint32_t weights) {
+    // Lane 4 * c + p has column c: row c / 2, and the tokens of one half of 16 by c's parity.
+    const std::uint32_t x = detail::movmatrix(weights);
+    const bool odd = (detail::lane_id() / 4) % 2 != 0;
+    b[t][0][0] = odd ? 0u : x;
+    b[t][0][1] = odd ? x : 0u;
+  }
 };
 
 /// The planes of V are added in passes, each over the strips that have a plane of that kind.
@@ -74,7 +84,8 @@ PACKKV_HOST_DEVICE constexpr float power_of_two(int exponent) {
 
 }  // namespace passes
 
-/// Codec is a static value_codec. Sums are in the transformed basis, before the column scales.
+/// Codec is a static value_codec, or a grouped_value_codec of which the caller adds the groups one by one. Sums are in
+/// the transformed basis, before the column scales.
 template <class Codec, int Rows>
 class mma_value_sum {
  public:
@@ -105,15 +116,17 @@ class mma_value_sum {
         for (int r = 0; r < 4; ++r) sum_[d][n][r] *= factor[columns::paired ? 0 : 2 * n + r % 2];
   }
 
-  /// Adds a tile with the weights p, which come with the fold of the first pass. All lanes take part.
+  /// Adds Count strips of a tile, from strip First on, with the weights p, which come with the fold of the first pass.
+  /// All lanes take part.
+  template <int First = 0, int Count = spec.strips.count>
   __device__ void add(const std::uint8_t* tile, value_operand<Rows> p) {
     detail::for_constants<passes::count>([&](auto index) {
       constexpr int pass = decltype(index)::value;
       if constexpr (passes::exists(spec.strips, pass)) {
         constexpr int previous = passes::before(spec.strips, pass);
         if constexpr (previous >= 0) refold<previous, pass>(p);
-        detail::for_constants<strips>([&](auto strip) {
-          constexpr int d = decltype(strip)::value;
+        detail::for_constants<Count>([&](auto strip) {
+          constexpr int d = First + decltype(strip)::value;
           if constexpr (passes::has_strip(spec.strips, passes::of(pass), d)) add_plane<pass, d>(tile, p);
         });
       }
@@ -124,20 +137,29 @@ class mma_value_sum {
   /// i add up to, in all lanes. Every (row, channel) comes once.
   template <class Sink>
   __device__ void each(const float (&zero)[lane_rows], Sink&& sink) const {
+    each_strip([&](auto strip, int i, int channel, float x) {
+      constexpr int width = spec.strips.width[decltype(strip)::value];
+      // Channels without codes are 0, or NaN like the others.
+      sink(columns::row(i), channel,
+           width == 0 ? zero[i] - zero[i] : fmaf(x, sum_unit, -detail::code_centre(width) * zero[i]));
+    });
+  }
+  /// f(strip, i, channel, x): the lane's part of the sums of codes of its row i, of which 1 / sum_unit is the unit;
+  /// `strip` is an integral constant.
+  template <class Function>
+  __device__ void each_strip(Function&& f) const {
     const int group = detail::lane_id() / 4;
-    detail::for_constants<strips>([&](auto index) {
-      constexpr int d = decltype(index)::value, width = spec.strips.width[d];
-      constexpr float unit = passes::power_of_two(24 - power), centre = detail::code_centre(width);
+    detail::for_constants<strips>([&](auto strip) {
+      constexpr int d = decltype(strip)::value;
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < lane_rows; ++i) {
           const float x =
               columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1] : sum_[d][i / 2][2 * half + i % 2];
-          // Channels without codes are 0, or NaN like the others.
-          sink(columns::row(i), 16 * d + 8 * half + group,
-               width == 0 ? zero[i] - zero[i] : fmaf(x, unit, -centre * zero[i]));
+          f(strip, i, 16 * d + 8 * half + group, x);
         }
     });
   }
+  static constexpr float sum_unit = passes::power_of_two(24 - power);
 
   using head_values = lane_parameters<Codec>;
 
@@ -148,7 +170,7 @@ class mma_value_sum {
   __device__ static void finish(const head_values& own, float (&y)[dim / 32], float weight, Sink&& sink) {
     detail::for_constants<dim / 32>([&](auto index) {
       constexpr int i = decltype(index)::value;
-      if constexpr (spec.strips.width[2 * i] > 0 || spec.strips.width[2 * i + 1] > 0)
+      if constexpr (spec.kind == codec_kind::plan && (spec.strips.width[2 * i] > 0 || spec.strips.width[2 * i + 1] > 0))
         y[i] *= own.column[i];  // sums of channels without codes are 0
     });
     if (spec.transform == transform_kind::hadamard) hadamard<dim>(y);

@@ -86,6 +86,37 @@ class scaled_weights {
     using namespace packkv::detail;
     float top[lane_rows], row[tokens_per_lane];
     unpack_rows(rows, row);
+    if (rises(w, row, top)) {
+      float factor[lane_rows];
+      raise(top, factor);
+      for (int i = 0; i < lane_rows; ++i) zero_[i] *= factor[i];
+      sum.rescale(factor);
+    }
+    set_operand(w, row, p, zero_);
+  }
+
+  /// sink(row, channel, value) gets the lane's part of the sums, and weights[i] becomes what the weights of the lane's
+  /// row i add up to, in all lanes that have the row. All lanes take part.
+  template <class Sink>
+  __device__ void finish(const Sum& sum, float (&weights)[lane_rows], Sink&& sink) const {
+    float zero[lane_rows];
+    total(weights);
+    for (int i = 0; i < lane_rows; ++i) {
+      zero[i] = zero_[i];
+      for (int m = 4; m < detail::warp_threads; m *= 2) zero[i] += detail::shuffle_xor(zero[i], m);
+      zero[i] *= passes::power_of_two(-Sum::power);
+    }
+    sum.each(zero, [&](int row, int channel, float x) {
+      for (int i = 0; i < lane_rows; ++i)
+        if (row == columns::row(i)) sink(row, channel, multiplied(x, i));
+    });
+  }
+
+ protected:
+  /// Counts the weights of a tile. `top`: the lane's largest weight times row scale of each row; whether one of the
+  /// warp's is beyond its limit.
+  __device__ bool rises(const float (&w)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
+                        float (&top)[lane_rows]) {
     bool rising = false;
     for (int i = 0; i < lane_rows; ++i) {
       top[i] = 0.0f;
@@ -95,7 +126,13 @@ class scaled_weights {
       }
       rising = rising || top[i] > limit_[i];
     }
-    if (__any_sync(all_lanes, rising) != 0) raise(top, sum);
+    return __any_sync(detail::all_lanes, rising) != 0;
+  }
+
+  /// The operand of weights times row scales; what it holds, as it was rounded, is added to `zero`.
+  __device__ void set_operand(const float (&w)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
+                              value_operand<Rows>& p, float (&zero)[lane_rows]) const {
+    using namespace packkv::detail;
     detail::for_constants<4>([&](auto index) {
       constexpr int t = decltype(index)::value, k0 = 2 * t, k1 = 2 * t + 1;
       constexpr float unit0 = passes::power_of_two(Sum::power - Sum::first_fold(k0));
@@ -104,23 +141,19 @@ class scaled_weights {
       if constexpr (columns::paired) {
         const std::uint32_t h = pack_halves(scaled(w[k0][0], row0, 0), scaled(w[k1][0], row1, 0));
         const two_floats rounded = unpack_halves(h);
-        count<k0>(rounded.low, 0);
-        count<k1>(rounded.high, 0);
-        // Lane 4 * c + p has column c: row c / 2, and the tokens of one half of 16 by c's parity.
-        const std::uint32_t x = movmatrix(h);
-        const bool odd = (lane_id() / 4) % 2 != 0;
-        p.b[t][0][0] = odd ? 0u : x;
-        p.b[t][0][1] = odd ? x : 0u;
+        count<k0>(rounded.low, zero[0]);
+        count<k1>(rounded.high, zero[0]);
+        p.set_paired(t, h);
       } else {
         for (int n = 0; n < columns::blocks; ++n) {
           const int i0 = 2 * n, i1 = 2 * n + 1;
           const std::uint32_t h0 = pack_halves(scaled(w[k0][i0], row0, i0), scaled(w[k0][i1], row0, i1));
           const std::uint32_t h1 = pack_halves(scaled(w[k1][i0], row1, i0), scaled(w[k1][i1], row1, i1));
           const two_floats low = unpack_halves(h0), high = unpack_halves(h1);
-          count<k0>(low.low, i0);
-          count<k0>(low.high, i1);
-          count<k1>(high.low, i0);
-          count<k1>(high.high, i1);
+          count<k0>(low.low, zero[i0]);
+          count<k0>(low.high, zero[i1]);
+          count<k1>(high.low, zero[i0]);
+          count<k1>(high.high, zero[i1]);
           p.b[t][n][0] = movmatrix(h0);
           p.b[t][n][1] = movmatrix(h1);
         }
@@ -128,30 +161,27 @@ class scaled_weights {
     });
   }
 
-  /// sink(row, channel, value) gets the lane's part of the sums, and weights[i] becomes what the weights of the lane's
-  /// row i add up to, in all lanes that have the row. All lanes take part.
-  template <class Sink>
-  __device__ void finish(const Sum& sum, float (&weights)[lane_rows], Sink&& sink) const {
-    float zero[lane_rows];
+  /// Raises the powers of two for weights up to `top`; sums are to be multiplied by `factor`. All lanes take part.
+  __device__ void raise(float (&top)[lane_rows], float (&factor)[lane_rows]) {
+    for (int i = 0; i < lane_rows; ++i) {
+      for (int m = 4; m < detail::warp_threads; m *= 2) top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
+      const auto bits = static_cast<int>(detail::bit_cast<std::uint32_t>(top[i]) >> 23);
+      const int exponent = max_of(exponent_[i], bits == 255 ? largest : bits - 126);
+      factor[i] = exponential(exponent_[i] - exponent);
+      set(i, exponent);
+    }
+  }
+  /// What the weights of the lane's rows add up to, in all lanes that have the row. All lanes take part.
+  __device__ void total(float (&weights)[lane_rows]) const {
     for (int i = 0; i < lane_rows; ++i) {
       weights[i] = sum_[i];
-      zero[i] = zero_[i];
-      for (int m = 4; m < detail::warp_threads; m *= 2) {
-        weights[i] += detail::shuffle_xor(weights[i], m);
-        zero[i] += detail::shuffle_xor(zero[i], m);
-      }
-      zero[i] *= passes::power_of_two(-Sum::power);
+      for (int m = 4; m < detail::warp_threads; m *= 2) weights[i] += detail::shuffle_xor(weights[i], m);
     }
-    // Two factors, because one would not always be a float.
-    float low[lane_rows], high[lane_rows];
-    for (int i = 0; i < lane_rows; ++i) {
-      low[i] = exponential(exponent_[i] >> 1);
-      high[i] = exponential(exponent_[i] - (exponent_[i] >> 1));
-    }
-    sum.each(zero, [&](int row, int channel, float x) {
-      for (int i = 0; i < lane_rows; ++i)
-        if (row == columns::row(i)) sink(row, channel, x * low[i] * high[i]);
-    });
+  }
+  /// A sum of the lane's row i times what its weights were divided by. Two factors, because one would not always be a
+  /// float.
+  __device__ float multiplied(float x, int i) const {
+    return x * exponential(exponent_[i] >> 1) * exponential(exponent_[i] - (exponent_[i] >> 1));
   }
 
  private:
@@ -173,21 +203,8 @@ class scaled_weights {
     return w == 0.0f ? 0.0f : w * inverse_low_[i] * (row * inverse_high_[i]);
   }
   template <int K>
-  __device__ void count(float rounded, int i) {
-    zero_[i] = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero_[i]);
-  }
-
-  __device__ void raise(float (&top)[lane_rows], Sum& sum) {
-    float factor[lane_rows];
-    for (int i = 0; i < lane_rows; ++i) {
-      for (int m = 4; m < detail::warp_threads; m *= 2) top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
-      const auto bits = static_cast<int>(detail::bit_cast<std::uint32_t>(top[i]) >> 23);
-      const int exponent = max_of(exponent_[i], bits == 255 ? largest : bits - 126);
-      factor[i] = exponential(exponent_[i] - exponent);
-      set(i, exponent);
-      zero_[i] *= factor[i];
-    }
-    sum.rescale(factor);
+  __device__ static void count(float rounded, float& zero) {
+    zero = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero);
   }
 
   int exponent_[lane_rows];  ///< of the power of two

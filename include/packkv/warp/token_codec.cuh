@@ -1,20 +1,101 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp codes or decodes one token of a tile. Lane l holds the channels l, l + 32, ...
+// A warp codes or decodes one token of a tile, or a group of tokens. Lane l holds the channels l, l + 32, ...
 // One idea: a token owns its bits, so `put` may store them anywhere: shared memory, a zeroed page or a live one.
 //   warp::encode_token<D>(spec, head, source, token, tile, put_bits, report);
 #pragma once
 
-#include <packkv/codec/layout.hpp>
 #include <packkv/codec/pages.hpp>
-#include <packkv/codec/quantize.hpp>
 #include <packkv/warp/element.cuh>
+#include <packkv/warp/group_statistics.cuh>
 #include <packkv/warp/transform.cuh>
 
 namespace packkv::warp {
 
-/// Codes the token with channels source(c) as token `token` of a tile. `put_bits(code_write)` stores a field of a
-/// code word; everything else of the tile (scale, leading components, elements) is stored to `tile` directly.
-/// `flags` and `clamps` collect what device_report counts; each event is counted in one lane. All lanes take part.
+/// y = T (x - offset) of the token with channels source(c); whether all of them are finite, in every lane.
+template <int HeadDim, class Source>
+__device__ inline bool to_coded_basis(const codec_spec& spec, const head_parameters& head, Source&& source,
+                                      float (&y)[HeadDim / 32]) {
+  bool finite = true;
+  load_transformed<HeadDim>(
+      spec.transform, head.transform(),
+      [&](int c) {
+        const float x = source(c);
+        finite = finite && detail::is_finite(x);
+        return head.channel_offset != nullptr ? detail::sub_rn(x, head.offset(c)) : x;
+      },
+      y);
+  return __all_sync(detail::all_lanes, finite) != 0;
+}
+
+/// Stores what a group of a `grouped` tile holds beside codes. By the lanes that call it.
+__device__ inline void store_numbers(const codec_spec& spec, std::uint8_t* tile, int token, int channel,
+                                     const detail::group_numbers& n) {
+  const int group = spec.group_of(token, channel);
+  *reinterpret_cast<std::uint16_t*>(tile + spec.maximum_offset(group)) = n.first;
+  *reinterpret_cast<std::uint16_t*>(tile + spec.minimum_offset(group)) = n.minimum;
+}
+/// Codes an element of a `grouped` tile.
+template <class PutBits>
+__device__ inline void put_code(const codec_spec& spec, int token, int channel, const detail::group_numbers& n, float y,
+                                PutBits&& put_bits) {
+  const int width = spec.strips.width[0];
+  const std::uint32_t code = detail::code_above(detail::min_max_values(width, n), y, top_code(width));
+  const code_writes writes = split_code(locate(spec.strips, token, channel), code);
+  for (int w = 0; w < writes.count; ++w) put_bits(writes.write[w]);
+}
+
+/// Codes `count` tokens of a tile that share a group in every channel, from token `first` on; load(token, y) gives a
+/// token in the coded basis and says whether it was finite. Otherwise as encode_token. All lanes take part.
+template <int HeadDim, class Load, class PutBits>
+__device__ inline void encode_token_group(const codec_spec& spec, int first, int count, Load&& load, std::uint8_t* tile,
+                                          PutBits&& put_bits, std::uint32_t& flags) {
+  constexpr int registers = HeadDim / 32;
+  const int lane = detail::lane_id();
+  float y[registers];
+  extremes range[registers];
+  bool finite = true;
+  for (int t = first; t < first + count; ++t) {
+    finite = load(t, y) && finite;
+    for (int i = 0; i < registers; ++i) range[i].add(y[i]);
+  }
+  if (!finite) flags |= report_nonfinite_input;
+  detail::group_numbers n[registers];
+  for (int i = 0; i < registers; ++i) {
+    n[i] = bounds_of(range[i]);
+    if (finite && !n[i].valid()) flags |= report_scale_overflow;
+    store_numbers(spec, tile, first, lane + 32 * i, n[i]);
+  }
+  for (int t = first; t < first + count; ++t) {
+    load(t, y);
+    for (int i = 0; i < registers; ++i) put_code(spec, t, lane + 32 * i, n[i], y[i], put_bits);
+  }
+}
+
+/// Codes a token whose groups lie along its channels. `finite`: whether its elements are. All lanes take part.
+template <int HeadDim, class PutBits>
+__device__ inline void encode_channel_groups(const codec_spec& spec, const float (&y)[HeadDim / 32], bool finite,
+                                             int token, std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags) {
+  const int lane = detail::lane_id();
+  for (int first = 0; first < HeadDim; first += spec.group) {
+    const auto inside = [&](int i) { return lane + 32 * i >= first && lane + 32 * i < first + spec.group; };
+    extremes range;
+    for (int i = 0; i < HeadDim / 32; ++i)
+      if (inside(i)) range.add(y[i]);
+    const detail::group_numbers n = bounds_of(range.joined());
+    if (lane == 0) {
+      if (finite && !n.valid()) flags |= report_scale_overflow;
+      store_numbers(spec, tile, token, first, n);
+    }
+    for (int i = 0; i < HeadDim / 32; ++i)
+      if (inside(i)) put_code(spec, token, lane + 32 * i, n, y[i], put_bits);
+  }
+  if (!finite && lane == 0) flags |= report_nonfinite_input;
+}
+
+/// Codes the token with channels source(c) as token `token` of a tile; not for codecs that need whole tiles.
+/// `put_bits(code_write)` stores a field of a code word; everything else of the tile (scale, leading components,
+/// elements) is stored to `tile` directly. `flags` and `clamps` collect what device_report counts; each event is
+/// counted in one lane. All lanes take part.
 template <int HeadDim, class Source, class PutBits>
 __device__ inline void encode_token(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
                                     std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags,
@@ -24,7 +105,7 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
   const int lane = lane_id();
   bool finite = true;
 
-  if (spec.kind != codec_kind::plan) {
+  if (!spec.has_codes()) {
     bool overflow = false;
     for (int i = 0; i < registers; ++i) {
       const int c = lane + 32 * i, at = token * HeadDim + c;
@@ -48,14 +129,9 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
   }
 
   float y[registers];
-  load_transformed<HeadDim>(
-      spec.transform, head.transform(),
-      [&](int c) {
-        const float x = source(c);
-        finite = finite && is_finite(x);
-        return head.channel_offset != nullptr ? sub_rn(x, head.offset(c)) : x;
-      },
-      y);
+  finite = to_coded_basis<HeadDim>(spec, head, source, y);
+  if (spec.kind == codec_kind::grouped)
+    return encode_channel_groups<HeadDim>(spec, y, finite, token, tile, put_bits, flags);
   double sum = 0.0;
   bool in_range = true;
   for (int i = 0; i < registers; ++i) {
@@ -63,7 +139,6 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
     if (lane + 32 * i >= spec.leading) sum = add_square(sum, y[i]);
   }
   sum = warp_sum(sum);
-  finite = __all_sync(all_lanes, finite) != 0;
   in_range = __all_sync(all_lanes, in_range) != 0;
   const std::uint16_t scale_bits =
       finite && in_range ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
@@ -98,6 +173,7 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
 __device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head,
                                            const std::uint8_t* tile, int token, int c) {
   using namespace packkv::detail;
+  if (spec.kind == codec_kind::grouped) return grouped_element(spec, tile, token, c);
   if (spec.kind != codec_kind::plan) {
     const float x = stored_element(spec.kind, tile, token * spec.head_dim + c);
     return spec.kind == codec_kind::fp8 ? mul_rn(x, head.tensor_scale) : x;

@@ -90,6 +90,7 @@ struct value_sum {
  private:
   /// A stored element before its row and column scales.
   __device__ static float element(const codec_spec& spec, const std::uint8_t* tile, int token, int c) {
+    if (spec.kind == codec_kind::grouped) return grouped_element(spec, tile, token, c);
     if (spec.kind != codec_kind::plan) return stored_element(spec.kind, tile, token * HeadDim + c);
     const code_place place = locate(spec.strips, token, c);
     if (place.width == 0) return 0.0f;

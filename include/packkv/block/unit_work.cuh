@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which units (sequence, KV head, up to Rows query rows) a block of the fused decode kernel works on, one after the
+// other, and which of their tiles.
+//   unit_work<Rows, Threads> work(launch, storage);
+//   std::int32_t item;   for (bool more = work.begin(item); more && work.take(item); item = work.release()) { ... }
+#pragma once
+
+#include <packkv/block/decode_unit.cuh>
+#include <packkv/block/work_split.cuh>
+
+namespace packkv::block {
+
+/// A launch of the decode kernel, whatever its format.
+struct decode_launch {
+  decode_call call;
+  std::int32_t first_sequence, sequences;  ///< of this launch
+  std::int32_t raw_items;                  ///< what the 16-bit tokens of a unit cost, in tiles
+  device_report* report;
+};
+
+/// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
+struct unit_owners {
+  int first, last, tail;
+};
+
+/// In shared memory.
+template <int Rows>
+struct work_storage {
+  sequence_items items;
+  decode_unit<Rows> unit;
+  std::int32_t unit_begin, unit_end;  ///< items
+  unit_owners owner;
+  int tiles;         ///< of the unit
+  int lo, hi;        ///< tiles of the unit that are this block's
+  bool coded, tail;  ///< the block has a part of the coded tokens; has the 16-bit tokens
+};
+
+template <int Rows, int Threads>
+class unit_work {
+ public:
+  __device__ unit_work(const decode_launch& launch, work_storage<Rows>& storage) : a_(launch), storage_(storage) {}
+
+  __device__ static int here() { return static_cast<int>(blockIdx.x); }
+
+  /// Works out the split; `item` is the block's first item, or -1 in a launch of one sequence, of which the first unit
+  /// is taken at once. False if the block has none.
+  __device__ bool begin(std::int32_t& item) {
+    item = -1;
+    return a_.sequences == 1 ? take_of_one() : split(item);
+  }
+  /// Sets the unit to that which has this item, and the block's part of it; false if the item is not the block's. An
+  /// item of -1 was taken by begin().
+  __device__ bool take(std::int32_t item) {
+    if (item < 0) return true;
+    const std::int32_t end = storage_.items.shares.begin(here() + 1);
+    if (item >= end) return false;
+    const int index = storage_.items.owner(a_.sequences, item);
+    std::uint32_t known = 0;  // and reported
+    const decode_sequence s(a_.call, a_.first_sequence + index, Rows, known);
+    set(s, storage_.items.begin[index], storage_.items.units.items_of(storage_.items.cost[index]), item, end);
+    return true;
+  }
+  /// The item behind the unit, which all threads are done with.
+  __device__ std::int32_t release() {
+    const std::int32_t next = storage_.unit_end;
+    __syncthreads();
+    return next;
+  }
+  /// Needed at the end of a unit only, and divisions are slow: one thread does it while others wait. A barrier must
+  /// follow.
+  __device__ void find_owners() {
+    if (threadIdx.x != Threads - 1) return;
+    const even_shares shares = storage_.items.shares;
+    const std::int32_t begin = storage_.unit_begin;
+    const int tiles = storage_.tiles;
+    unit_owners o;
+    o.tail = storage_.tail ? here() : shares.owner(storage_.unit_end - 1);
+    o.first = tiles == 0 ? o.tail : shares.owner(begin);
+    o.last = tiles == 0 ? o.tail : shares.owner(begin + tiles - 1);
+    storage_.owner = o;
+  }
+
+ private:
+  /// Finds the block's first unit and its part of it in a launch of one sequence; false if there is none. No thread
+  /// waits for another to work out the split.
+  __device__ bool take_of_one() {
+    std::uint32_t flags = 0;
+    const decode_sequence s(a_.call, a_.first_sequence, Rows, flags);
+    if (threadIdx.x == 0) detail::add_report(a_.report, flags, 0);
+    const sequence_cost cost = s.cost(a_.call, a_.raw_items);
+    const sequence_items::split split =
+        storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), threadIdx.x == 0);
+    if (here() >= split.shares.blocks()) return false;
+    set(s, 0, split.units.items_of(cost), split.shares.begin(here()), split.shares.begin(here() + 1));
+    return true;
+  }
+  /// Works out the split of any launch; `first` is the block's first item. False if it has none.
+  __device__ bool split(std::int32_t& first) {
+    storage_.items.template build<Threads>(a_.sequences, static_cast<std::int32_t>(gridDim.x), [&](int index) {
+      std::uint32_t flags = 0;
+      const decode_sequence s(a_.call, a_.first_sequence + index, Rows, flags);
+      detail::add_report(a_.report, flags, 0);
+      return s.cost(a_.call, a_.raw_items);
+    });
+    __syncthreads();
+    const even_shares shares = storage_.items.shares;
+    first = shares.begin(here());
+    return here() < shares.blocks();
+  }
+  /// Sets the unit to that with `item` of a sequence whose units have `items` each, the first from `begin` on. The
+  /// block's items end at `end`.
+  __device__ void set(const decode_sequence& s, std::int32_t begin, std::int32_t items, std::int32_t item,
+                      std::int32_t end) {
+    const std::int32_t number = quotient(item - begin, items).whole;
+    storage_.unit.set(a_.call, s, number);
+    if (threadIdx.x == (Threads > 64 ? 64 : 0)) {  // the first warps set the unit
+      const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
+      const int lo = min_of(item - unit_begin, s.tiles), hi = min_of(min_of(end, unit_end) - unit_begin, s.tiles);
+      const bool tail = unit_end <= end;
+      storage_.unit_begin = unit_begin;
+      storage_.unit_end = unit_end;
+      storage_.tiles = s.tiles;
+      storage_.lo = s.first_tile + lo;
+      storage_.hi = s.first_tile + hi;
+      storage_.coded = lo < hi || (tail && s.tiles == 0);  // somebody stores what is empty
+      storage_.tail = tail;
+    }
+    __syncthreads();
+  }
+
+  const decode_launch& a_;
+  work_storage<Rows>& storage_;
+};
+
+}  // namespace packkv::block
