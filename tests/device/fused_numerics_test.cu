@@ -46,7 +46,7 @@ half_array read_sample(const std::string& name) {
 template <class Format>
 void check_sample(int splits) {
   constexpr int tokens = 2048, kv_heads = 2, query_heads = 12, all_queries = 16, dim = 128;
-  constexpr int queries = repeats > 1 ? all_queries : 2;
+  const int queries = repeats > 1 ? all_queries : 2;
   random_source random(1);
   test_cache<Format> cache(random, cache_shape{1, kv_heads, tokens, 4, pk::dtype::float16}, Format{});
   const auto take = [](tensor_data& to, const std::string& name) {

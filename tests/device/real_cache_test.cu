@@ -155,11 +155,13 @@ void check_layer(const layer& l, summary& all) {
       if (!centred) all = {all.sum + e.mean, all.count + 1};
     }
   }
-  const row_errors kivi = errors_of<kivi_format<Dim, Bits>>(l, false, 16);
-  std::printf("%s KIVI %d bits: 16 queries mean %.1e, worst %.1e\n", l.stem.c_str(), Bits, kivi.mean, kivi.worst);
-  INFO(l.stem << ", KIVI " << Bits << " bits, mean " << kivi.mean << ", worst " << kivi.worst);
-  CHECK(kivi.mean <= 1e-3);
-  CHECK(kivi.worst <= 3e-2);
+  if constexpr (Bits == 2) {
+    const row_errors kivi = errors_of<kivi_format<Dim, Bits>>(l, false, 16);
+    std::printf("%s KIVI %d bits: 16 queries mean %.1e, worst %.1e\n", l.stem.c_str(), Bits, kivi.mean, kivi.worst);
+    INFO(l.stem << ", KIVI " << Bits << " bits, mean " << kivi.mean << ", worst " << kivi.worst);
+    CHECK(kivi.mean <= 1e-3);
+    CHECK(kivi.worst <= 3e-2);
+  }
 }
 
 template <int Dim>

@@ -15,7 +15,7 @@
 namespace packkv_test {
 
 /// Rounds and tokens of the random tests: what they cost is the host's loops in double, on a GPU as well.
-inline constexpr int sequence_rounds = repeats > 1 ? 6 : 4;
+inline const int sequence_rounds = repeats > 1 ? 6 : 4;
 inline constexpr int sequence_tokens = 300;
 
 inline void require(const pk::status& s) {
