@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Caches whose keys are grouped along tokens and whose values are grouped along channels (KIVI), in pages: coding,
 // decoding, GEMV, and the fused decode kernel.
+#include <type_traits>
+
 #include "fused_problem.hpp"
 
 using namespace packkv_test;
@@ -104,6 +106,21 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
       CHECK((k.device_bits.host() == k.host_bits));
       CHECK((v.device_bits.host() == v.host_bits));
     });
+  }
+}
+
+TEST_CASE("grouped pages: a group of one token is coded") {
+  random_source random(8540);
+  for (const int tokens : {1, 33, 65}) {
+    test_cache<pk::runtime_format<64>> cache(
+        random, cache_shape{1, 1, tokens, 1, pk::dtype::float16},
+        {pk::make_grouped_codec(pk::side::key, 64, 2, 32), pk::make_grouped_codec(pk::side::value, 64, 2, 32)});
+    cache.lengths = {tokens};
+    cache.device_lengths.assign(cache.lengths);
+    REQUIRE(cache.compress_reference());
+    REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
+                         cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+    CHECK((cache.device_pages.host() == cache.pages));
   }
 }
 
@@ -228,6 +245,51 @@ TEST_CASE("grouped pages: the simple kernels agree with the reference, plans kno
       CHECK(cache.gpu_report().flags == cache.report.flags);
     });
   }
+}
+
+TEST_CASE("grouped pages: GEMVs of formats known at run time agree with the reference, offsets included") {
+  random_source random(8640);
+  for_each_grouped_format(random, [&](const auto& format) {
+    using type = std::decay_t<decltype(format)>;
+    constexpr int dim = type::key_head_dim, kv_heads = 2, heads = 8, tokens = 130;
+    test_cache<type> cache(random, cache_shape{1, kv_heads, tokens, 1, pk::dtype::float16}, format);
+    for (side_data* side : {&cache.key_data, &cache.value_data}) {
+      side->offset.clear();
+      for (int i = 0; i < kv_heads * dim; ++i) side->offset.push_back(0.5f * random.normal());
+      side->device_offset = device_array<float>(side->offset);
+    }
+    cache.lengths = {tokens};
+    cache.device_lengths.assign(cache.lengths);
+    cache.fill();
+    const auto numbers = [&](int count) {
+      std::vector<float> x;
+      for (int i = 0; i < heads * count; ++i) x.push_back(random.normal());
+      return x;
+    };
+    const auto in = [&](const float* x, int n) { return pk::make_input(x, pk::dtype::float32, {1, heads, n}); };
+    const auto out = [&](float* x, int n) { return pk::make_output(x, pk::dtype::float32, {1, heads, n}); };
+    device_array<std::uint8_t> workspace(
+        static_cast<std::size_t>(pk::value_gemv_workspace_bytes<type>({1, kv_heads, heads, 1, tokens, 0})));
+    pk::exec e = cache.exec();
+    e.workspace = workspace.data();
+    e.workspace_bytes = workspace.size();
+    REQUIRE(pk::initialize_workspace(e));
+
+    const std::vector<float> queries = numbers(dim), weights = numbers(tokens);
+    const device_array<float> device_queries(queries), device_weights(weights);
+    std::vector<float> scores(heads * tokens), sums(heads * dim);
+    device_array<float> device_scores(scores.size()), device_sums(sums.size());
+    REQUIRE(pk::reference::key_gemv(in(queries.data(), dim), cache.host_cache(), cache.host_parameters(), 0.5f,
+                                    out(scores.data(), tokens), cache.report));
+    REQUIRE(pk::key_gemv(in(device_queries.data(), dim), cache.gpu_cache(), cache.gpu_parameters(), 0.5f,
+                         out(device_scores.data(), tokens), e));
+    CHECK(worst_row_error(device_scores.host(), scores, tokens) < 4e-5);
+    REQUIRE(pk::reference::value_gemv(in(weights.data(), tokens), cache.host_cache(), cache.host_parameters(),
+                                      out(sums.data(), dim), cache.report));
+    REQUIRE(pk::value_gemv(in(device_weights.data(), tokens), cache.gpu_cache(), cache.gpu_parameters(),
+                           out(device_sums.data(), dim), e));
+    CHECK(worst_row_error(device_sums.host(), sums, dim) < 4e-5);
+  });
 }
 
 TEST_CASE("grouped pages: the fused kernel agrees with the reference for random shapes, masks and overlays") {
