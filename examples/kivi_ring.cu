@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <packkv/packkv.cuh>
-#include <packkv/packkv.hpp>
 #include <vector>
 namespace pk = packkv;
 

@@ -52,25 +52,14 @@ TEST_CASE("tokens stored one by one in random order give the reference's bytes")
                             ? -1
                             : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
       slots[0] = static_cast<std::int64_t>(cache.host_pages().num_pages) * page_tokens;  // beyond the pages
-      const auto flat = [](pk::input_view<4> v) {  // [1, heads, tokens, dim] as [tokens, heads, dim]
-        pk::input_view<3> out;
-        out.data = v.data;
-        out.type = v.type;
-        for (int i : {0, 1, 2}) {
-          const int from[] = {2, 1, 3};
-          out.extent[i] = v.extent[from[i]];
-          out.stride[i] = v.stride[from[i]];
-        }
-        return out;
-      };
       std::vector<std::int64_t> wrong_first(slots);
       for (std::size_t t = 1; t + 1 < slots.size(); t += 5) std::swap(wrong_first[t], wrong_first[t + 1]);
       for (const auto& order : {wrong_first, slots}) {
         const device_array<std::int64_t> device_slots(order);
-        REQUIRE(pk::reference::store_tokens(flat(cache.keys.host()), flat(cache.values.host()), order.data(),
-                                            cache.host_parameters(), cache.host_pages(), cache.report));
-        REQUIRE(pk::store_tokens(flat(cache.keys.device()), flat(cache.values.device()), device_slots.data(),
-                                 cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
+        REQUIRE(pk::reference::store_tokens(one_by_one(cache.keys.host()), one_by_one(cache.values.host()),
+                                            order.data(), cache.host_parameters(), cache.host_pages(), cache.report));
+        REQUIRE(pk::store_tokens(one_by_one(cache.keys.device()), one_by_one(cache.values.device()),
+                                 device_slots.data(), cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
         CHECK((cache.device_pages.host() == cache.pages));
       }
       CHECK(same_report(cache.gpu_report(), cache.report));
@@ -95,20 +84,11 @@ TEST_CASE("decompress on the device gives the reference's bits, and leaves the r
                     cache.format.key_head_dim);
       tensor_data v(random, pk::dtype::bfloat16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens,
                     cache.format.value_head_dim);
-      const auto output = [](const pk::input_view<4>& in) {
-        pk::output_view<4> out;
-        out.data = const_cast<void*>(in.data);
-        out.type = in.type;
-        for (int i = 0; i < 4; ++i) {
-          out.extent[i] = in.extent[i];
-          out.stride[i] = in.stride[i];
-        }
-        return out;
-      };
       REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
-                             output(k.device()), output(v.device()), cache.exec()));
+                             as_output(k.device()), as_output(v.device()), cache.exec()));
       REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
-                                        cache.host_parameters(), output(k.host()), output(v.host()), cache.report));
+                                        cache.host_parameters(), as_output(k.host()), as_output(v.host()),
+                                        cache.report));
       CHECK((k.device_bits.host() == k.host_bits));
       CHECK((v.device_bits.host() == v.host_bits));
       CHECK(cache.gpu_report().flags == cache.report.flags);
@@ -179,8 +159,8 @@ TEST_CASE("a block of compress that takes several tiles gives the reference's by
       REQUIRE(cache.compress_reference());
       const auto keys = cache.keys.device(), values = cache.values.device();
       const auto params = cache.gpu_parameters();
-      const auto args = pk::detail::make_compress_args<type>(
-          keys.extent, cache.device_lengths.data(), cache.gpu_pages(), cache.gpu_table(), cache.exec());
+      const auto args = pk::detail::make_compress_args<type>(keys.extent, cache.device_lengths.data(),
+                                                             cache.gpu_pages(), cache.gpu_table(), cache.exec());
       constexpr int threads = pk::kernel::compress_warps * 32;
       REQUIRE(pk::detail::launch(pk::kernel::compress<type::key_head_dim>, dim3(blocks), threads, cudaStream_t{},
                                  pk::detail::key_side(params), args, keys));

@@ -316,21 +316,11 @@ TEST_CASE("tokens of a missing page are NaN in every channel, at every head dim"
     tensor_data k(random, pk::dtype::float16, 1, 1, 3, format.key_head_dim);
     tensor_data v(random, pk::dtype::bfloat16, 1, 1, 3, format.value_head_dim);
     const auto before_k = k.host_bits, before_v = v.host_bits;
-    const auto output = [](const pk::input_view<4>& in) {
-      pk::output_view<4> out;
-      out.data = const_cast<void*>(in.data);
-      out.type = in.type;
-      for (int i = 0; i < 4; ++i) {
-        out.extent[i] = in.extent[i];
-        out.stride[i] = in.stride[i];
-      }
-      return out;
-    };
     REQUIRE(pk::decompress(cache.gpu_pages(), none, cache.device_lengths.data(), cache.gpu_parameters(),
-                           output(k.device()), output(v.device()), cache.exec()));
+                           as_output(k.device()), as_output(v.device()), cache.exec()));
     none.pages = pages.data();
     REQUIRE(pk::reference::decompress(cache.host_pages(), none, cache.lengths.data(), cache.host_parameters(),
-                                      output(k.host()), output(v.host()), cache.report));
+                                      as_output(k.host()), as_output(v.host()), cache.report));
     CHECK((k.device_bits.host() == k.host_bits));
     CHECK((v.device_bits.host() == v.host_bits));
     CHECK((k.host_bits != before_k && v.host_bits != before_v));

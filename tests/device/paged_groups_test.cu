@@ -49,19 +49,6 @@ test_cache<Format> random_cache(random_source& random, const cache_shape& shape,
   return cache;
 }
 
-/// The tokens of a sequence as store_tokens takes them.
-pk::input_view<3> one_by_one(const pk::input_view<4>& all) {
-  pk::input_view<3> x;
-  x.data = all.data;
-  x.type = all.type;
-  const int from[] = {2, 1, 3};
-  for (int i = 0; i < 3; ++i) {
-    x.extent[i] = all.extent[from[i]];
-    x.stride[i] = all.stride[from[i]];
-  }
-  return x;
-}
-
 }  // namespace
 
 TEST_CASE("grouped pages: compress and decompress on the device give the reference's bytes and bits") {
@@ -71,7 +58,7 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
     random_source random(seed);
     for_each_grouped_format(random, [&](const auto& format) {
       auto cache = random_cache(random, random_shape(random, most_tokens), format);
-      // What no group can hold: a NaN in a key and a value, and keys whose offset leaves the range of halves.
+      // What no group can hold: a NaN in a key, an infinity in a value, and values that leave the range of halves.
       const bool nan = random.one_in(2);
       change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return nan && t == 3 && c == 5 ? NAN : x; });
       change(cache.values, [&](auto, auto, auto t, auto c, float x) {
@@ -89,20 +76,11 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
                     format.key_head_dim);
       tensor_data v(random, pk::dtype::bfloat16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens,
                     format.value_head_dim);
-      const auto output = [](const pk::input_view<4>& in) {
-        pk::output_view<4> out;
-        out.data = const_cast<void*>(in.data);
-        out.type = in.type;
-        for (int i = 0; i < 4; ++i) {
-          out.extent[i] = in.extent[i];
-          out.stride[i] = in.stride[i];
-        }
-        return out;
-      };
       REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
-                             output(k.device()), output(v.device()), cache.exec()));
+                             as_output(k.device()), as_output(v.device()), cache.exec()));
       REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
-                                        cache.host_parameters(), output(k.host()), output(v.host()), cache.report));
+                                        cache.host_parameters(), as_output(k.host()), as_output(v.host()),
+                                        cache.report));
       CHECK((k.device_bits.host() == k.host_bits));
       CHECK((v.device_bits.host() == v.host_bits));
     });
@@ -139,7 +117,7 @@ TEST_CASE("store_tiles gives the bytes of compress, from a ring as well, and rep
         const auto page = pk::find_page(cache.host_table(), cache.host_pages().num_pages, b, t / page_tokens, flags);
         return page * page_tokens + t % page_tokens;
       };
-      // Tensors that are rings: token t of row r lies at (t + 7 * r) % tokens.
+      // Tensors that are rings: token t of row r lies at (t + 70 * r) % tokens.
       const std::int64_t tokens = shape.max_tokens;
       std::vector<pk::tile_move> moves;
       for (int b = 0; b < shape.batch; ++b)

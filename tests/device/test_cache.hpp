@@ -120,6 +120,30 @@ struct tensor_data {
   pk::input_view<4> device() const { return view(device_bits.data()); }
 };
 
+/// A tensor to be written.
+inline pk::output_view<4> as_output(const pk::input_view<4>& in) {
+  pk::output_view<4> out;
+  out.data = const_cast<void*>(in.data);
+  out.type = in.type;
+  for (int i = 0; i < 4; ++i) {
+    out.extent[i] = in.extent[i];
+    out.stride[i] = in.stride[i];
+  }
+  return out;
+}
+/// The tokens of the first row as store_tokens takes them: [tokens, heads, dim].
+inline pk::input_view<3> one_by_one(const pk::input_view<4>& all) {
+  pk::input_view<3> x;
+  x.data = all.data;
+  x.type = all.type;
+  constexpr int from[] = {2, 1, 3};
+  for (int i = 0; i < 3; ++i) {
+    x.extent[i] = all.extent[from[i]];
+    x.stride[i] = all.stride[from[i]];
+  }
+  return x;
+}
+
 struct cache_shape {
   int batch = 1;
   int kv_heads = 1;

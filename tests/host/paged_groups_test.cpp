@@ -237,6 +237,8 @@ TEST_CASE("store_tiles refuses what it can see, before it writes", "[paged]") {
   CHECK(store(view, view, nullptr, 1, p.pages) == code::invalid_argument);
   CHECK(store(view, view, &move, -1, p.pages) == code::invalid_argument);
   CHECK(store(view, view, &move, 1, pages) == code::misaligned);
+  const auto* const inside = reinterpret_cast<const pk::tile_move*>(reinterpret_cast<const char*>(&move) + 4);
+  CHECK(store(view, view, inside, 1, p.pages) == code::misaligned);
   CHECK(store(few, few, nullptr, 0, p.pages) == code::ok);
   CHECK(p.storage == before);
   CHECK(store(view, view, &move, 1, p.pages) == code::ok);

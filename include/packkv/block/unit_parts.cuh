@@ -2,7 +2,8 @@
 // What the blocks of a unit of decode attention have of it: parts of their warps in shared memory, of blocks in global
 // memory, and the 16-bit tokens beside them.
 //   unit_parts<KeyDim, ValueDim, Rows, Warps, Stride> parts(global, counters, of_warps, coded, raw);
-//   parts.of_warp();   parts.join(work, last, [&](float* to) { parts.attend_raw(work, call, variant, to); }, raw);
+//   ... each warp fills parts.of_warp() ...   const auto raw = [&](float* to) { parts.attend_raw(unit, call, f, to); };
+//   if (parts.join(work, last, raw, has_raw)) parts.write(unit, call, has_raw, finish);
 #pragma once
 
 #include <packkv/block/part_merge.cuh>
@@ -25,8 +26,8 @@ class unit_parts {
   __device__ float* of_warp() const { return of_warps_ + detail::warp_id() * Stride; }
 
   /// Joins the warps' parts, and lets attend_raw(to) leave the part of the 16-bit tokens if they are this block's. True
-  /// in the block that has all of the unit then, which is the last of its blocks: coded() and raw() hold it, raw() if
-  /// `has_raw`. `last` lies in shared memory. By the whole block.
+  /// in the block that has all of the unit then, which is the last of its blocks: `coded` holds it, and `raw` the 16-bit
+  /// tokens if `has_raw`. `last` lies in shared memory. By the whole block.
   template <class AttendRaw>
   __device__ bool join(const work_storage<Rows>& work, bool& last, AttendRaw&& attend_raw, bool& has_raw) const {
     const unit_owners o = work.owner;

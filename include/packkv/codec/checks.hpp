@@ -90,6 +90,8 @@ inline status check_store_tiles(const input_view<4>& keys, const input_view<4>& 
   if (const status s = check_encoder(p); !s) return s;
   if (n < 0 || n > max_count) return refuse(status_code::invalid_argument, "0 to 2^31 - 1 tiles at a time", n);
   if (moves == nullptr && n > 0) return refuse(status_code::invalid_argument, "the moves of store_tiles are null");
+  if (reinterpret_cast<std::uintptr_t>(moves) % alignof(tile_move) != 0)
+    return refuse(status_code::misaligned, "the moves of store_tiles must be 8-byte aligned");
   if (n > 0 && keys.extent[2] < tile_tokens)
     return refuse(status_code::shape_mismatch, "a tile has 64 tokens, the tensors fewer", keys.extent[2]);
   return {};

@@ -160,11 +160,8 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_grouped_codec(side which, int head_
   spec.transform = transform;
   spec.head_dim = detail::stored_head_dim(head_dim);
   spec.group = static_cast<std::int16_t>(group < 0 || group > max_head_dim ? -1 : group);
-  strip_widths widths;
-  if (spec.head_dim == 0 || width < 1 || !is_plan_width(width)) return spec;
-  widths.count = head_dim / strip_channels(which, head_dim);
-  for (int i = 0; i < widths.count; ++i) widths.width[i] = static_cast<std::uint8_t>(width);
-  spec.strips = make_strips(which, head_dim, widths);
+  const strip_widths widths = uniform_widths(which, head_dim, width);
+  if (widths.count > 0) spec.strips = make_strips(which, head_dim, widths);
   return spec;
 }
 
@@ -176,28 +173,29 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_element_codec(codec_kind kind, int 
 }
 
 namespace detail {
+/// A codec of one side.
+template <side Which, int HeadDim>
+struct one_sided {
+  static constexpr int head_dim = HeadDim;
+  template <side Side>
+  static constexpr bool serves = Side == Which;
+};
 template <side Which, int HeadDim, class Transform, class Plan, int Leading>
-struct plan_codec {
+struct plan_codec : one_sided<Which, HeadDim> {
   static_assert(is_head_dim(HeadDim), "head_dim must be 64, 96, 128, 192, 256 or 512");
   static_assert(check_plan(Which, HeadDim, Plan::widths()).code == status_code::ok,
                 "a plan has one width of {0,1,2,3,4,8} per strip, widest first: "
                 "K head_dim/32 strips (head_dim 64: 4), V head_dim/16 strips");
-  static constexpr int head_dim = HeadDim;
-  template <side Side>
-  static constexpr bool serves = Side == Which;
   PACKKV_HOST_DEVICE static constexpr codec_spec spec() {
     return make_plan_codec(Which, HeadDim, Transform::kind, Plan::widths(), Leading);
   }
 };
 template <side Which, int HeadDim, int Width, int Group, class Transform>
-struct grouped_codec {
+struct grouped_codec : one_sided<Which, HeadDim> {
   static_assert(check_codec(Which, make_grouped_codec(Which, HeadDim, Width, Group, Transform::kind)).code ==
                     status_code::ok,
                 "a grouped codec has codes of 1, 2, 3, 4 or 8 bits, the identity or the Hadamard transform, and groups "
                 "of 32 or 64 tokens (keys) or of a multiple of 16 channels that divides head_dim (values)");
-  static constexpr int head_dim = HeadDim;
-  template <side Side>
-  static constexpr bool serves = Side == Which;
   PACKKV_HOST_DEVICE static constexpr codec_spec spec() {
     return make_grouped_codec(Which, HeadDim, Width, Group, Transform::kind);
   }

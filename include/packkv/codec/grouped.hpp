@@ -136,11 +136,8 @@ PACKKV_HOST_DEVICE constexpr grouped_spec make_grouped(side which, int head_dim,
   spec.head_dim = static_cast<std::int16_t>(known ? head_dim : 0);
   spec.width = static_cast<std::int16_t>(width < 0 || width > 1000 ? 1000 : width);
   spec.group = static_cast<std::int16_t>(group < 0 || group > max_head_dim ? -1 : group);
-  if (!known || width < 1 || !is_plan_width(width)) return spec;
-  strip_widths widths;
-  widths.count = head_dim / strip_channels(which, head_dim);
-  for (int i = 0; i < widths.count; ++i) widths.width[i] = static_cast<std::uint8_t>(width);
-  spec.strips = make_strips(which, head_dim, widths);
+  const strip_widths widths = uniform_widths(which, head_dim, width);
+  if (widths.count > 0) spec.strips = make_strips(which, head_dim, widths);
   return spec;
 }
 

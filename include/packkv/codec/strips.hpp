@@ -73,6 +73,15 @@ PACKKV_HOST_DEVICE constexpr status check_plan(side which, int head_dim, const s
   return {};
 }
 
+/// The same width, 1, 2, 3, 4 or 8, in every strip; no strips for what is no such width or no head dim.
+PACKKV_HOST_DEVICE constexpr strip_widths uniform_widths(side which, int head_dim, int width) {
+  strip_widths widths;
+  if (!is_head_dim(head_dim) || width < 1 || !is_plan_width(width)) return widths;
+  widths.count = head_dim / strip_channels(which, head_dim);
+  for (int i = 0; i < widths.count; ++i) widths.width[i] = static_cast<std::uint8_t>(width);
+  return widths;
+}
+
 /// Places the strips of a valid plan (docs/format.md, "Code words"); what it makes of others, check_codec refuses.
 PACKKV_HOST_DEVICE constexpr strip_layout make_strips(side which, int head_dim, const strip_widths& widths) {
   strip_layout s;

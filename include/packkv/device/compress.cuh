@@ -105,12 +105,11 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
 /// Codes n whole tiles, in stream order; capturable in a graph: what a cache needs whose keys are grouped along tokens
 /// (grouped_key_codec). Keep at least the newest 64 tokens in a ring, which decode_attention reads in their place; when
 /// a sequence reaches a multiple of 64 tokens, code the tile that is full from the ring. Any format will do.
-/// \param keys,values device memory [rows, kv_heads, tokens, D_k / D_v] with at least 64 tokens, float16 or bfloat16,
-/// any
-///        strides (bytes): the ring, or new tokens of a prompt.
-/// \param moves device memory [n], 8-byte aligned, with different slots; negative slots are skipped, so that a graph
-/// can
-///        hold the most tiles that may fill. Moves out of range are skipped and reported. Uses no workspace.
+/// \param keys,values device memory [rows, kv_heads, tokens, D_k / D_v] with at least 64 tokens, float16 or
+///        bfloat16, any strides (bytes): the ring, or new tokens of a prompt.
+/// \param moves device memory [n], 8-byte aligned, with different slots; negative slots are skipped, so that a
+///        graph can hold the most tiles that may fill. Moves out of range are skipped and reported.
+/// \return not ok, with nothing launched, for shapes, strides or parameters that do not fit. Uses no workspace.
 template <class Format>
 status store_tiles(const input_view<4>& keys, const input_view<4>& values, const tile_move* moves, std::int64_t n,
                    const parameters<Format>& params, const pages_view& pages, const exec& e) {

@@ -216,7 +216,7 @@ checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::in
   return checked(most) + workspace_counter_bytes;
 }
 
-/// decode_attention for formats whose plans are known at compile time.
+/// decode_attention for formats whose codes are known at compile time.
 template <class Format, warp::copy_engine Engine, int SharedKib, class Variant>
 status decode_fused(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                     const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
@@ -299,7 +299,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
                         const attention_options& options, const Variant& variant, const exec& e) {
   static_assert(detail::has_fused_kernel<Format>::value,
-                "score variants need a cache_format whose K and V have plans known at compile time");
+                "score variants need a cache_format whose K and V have codes: plans or groups known at compile time");
   static_assert(std::is_trivially_copyable_v<Variant>, "a variant is a kernel argument");
   return detail::decode_fused<Format, warp::copy_engine::best, 0>(queries, query_start_loc, cache, params, out, lse,
                                                                   options, variant, e);
@@ -314,7 +314,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 /// \param e workspace of decode_workspace_bytes(maxima), initialised once.
 /// Grid and workspace depend on maxima only; lengths and page ids are read on the device. Bad page ids leave their
 /// tokens out; bad lengths are clamped, bad query ranges skipped; all three are reported in exec::report. Results
-/// repeat bit for bit for the same number of splits. \remark A format whose plans are known at compile time takes the
+/// repeat bit for bit for the same number of splits. \remark A format whose codes are known at compile time takes the
 /// fused kernel: its blocks share all tiles evenly, `splits` times as many as there are sequences x KV heads x row
 /// chunks. Its blocks are shaped for the shared memory of the architecture: sm_90 and sm_100 take up to 16 query rows
 /// of a KV head in one pass over the cache; where a block of so many does not fit, as for D_v = 512 on sm_86, passes

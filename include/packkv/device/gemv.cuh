@@ -186,10 +186,10 @@ inline status make_fused_gemv_args(const cache_view& cache, const input_view<3>&
 /// \param queries device memory [batch, query_heads, D_k], any dtype; scores [batch, query_heads, max_seq_len], any
 /// dtype. Scores at t >= seq_lens[b] are left as they were, tokens without a page give -inf. The cache has no sinks and
 /// no ring. Uses no workspace.
-/// \remark Formats whose plans are known at compile time have a kernel with matrix instructions, for up to 16 query
-/// heads per KV head in one pass over the cache. It rounds q times the column scales to 16 bits, the unit being 1 /
-/// 32512 of the largest of a query (docs/numerics.md, rule 1); a query that is not finite gives NaN. Scores of 16 bits
-/// are stored in pairs where rows lie in aligned 32-bit words.
+/// \remark Formats whose codes are known at compile time have a kernel with matrix instructions, for up to 16 query
+/// heads per KV head in one pass over the cache. Of plans it rounds q times the column scales to 16 bits, the unit
+/// being 1 / 32512 of the largest of a query (docs/numerics.md, rule 1); of grouped keys q times a range is two halves.
+/// A query that is not finite gives NaN. Scores of 16 bits are stored in pairs where rows lie in aligned 32-bit words.
 template <class Format>
 status key_gemv(const input_view<3>& queries, const cache_view& cache, const parameters<Format>& params, float scale,
                 const output_view<3>& scores, const exec& e) {
@@ -237,7 +237,7 @@ std::int64_t value_gemv_workspace_bytes(const decode_maxima& m) {
 /// the same number of splits. \param e workspace of value_gemv_workspace_bytes(maxima), initialised once. \remark
 /// Formats whose codes are known at compile time have a kernel with matrix instructions, for up to 16 query heads per
 /// KV head in one pass over the cache (8 for D_v = 512). Weights may have any size and sign: each weight times row
-/// scale is rounded to a half relative to a power of two of its row, so that it is off by at most 2^-11 of itself or
+/// scale (grouped values: times half a range) is rounded to a half relative to a power of two of its row, so that it is off by at most 2^-11 of itself or
 /// 2^-22 of the largest of its row so far, whichever is more; sums are float32, before the inverse transform. A weight
 /// that is not finite makes its row not finite.
 template <class Format>
