@@ -4,11 +4,13 @@
 // are checked first; a wrong one ends the program.
 //   build/test/bench/decode                                        everything, and a table at the end
 //   build/test/bench/decode --benchmark_filter=decode/two_bit/full  one format and way to store
-// Names: decode/<format>/<storage>/<case>, or `family` for a format chosen at run time, and gemv/<side>/two_bit/<case>.
+// Names: decode/<format>/<storage>/<case>, or `family` for a format chosen at run time, gemv/<side>/two_bit/<case>, and
+// unpack/<side>/<bits>: codes to matrix products alone.
 // b8_32x8_128k: 8 sequences of 131,072 tokens, 32 query heads, 8 KV heads.
 #include <set>
 
 #include "decode_gemv.cuh"
+#include "decode_unpack.cuh"
 
 namespace pk = packkv;
 
@@ -203,6 +205,13 @@ void add_all() {
             return gemv::measure<two_bit>(*program.watch, program.sms, {side, hidden / gemv::dim, tokens});
           });
     }
+  packkv::detail::for_constants<4>([](auto log2_bits) {
+    constexpr int bits = 1 << decltype(log2_bits)::value;
+    add("unpack/key/" + std::to_string(bits),
+        [] { return unpack::measure<unpack::key_in_place<bits>, bits>(*program.watch, program.sms); });
+    add("unpack/value/" + std::to_string(bits),
+        [] { return unpack::measure<unpack::value_in_place<bits>, bits>(*program.watch, program.sms); });
+  });
 }
 
 }  // namespace
