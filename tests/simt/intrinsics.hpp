@@ -199,6 +199,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline float __uint_as_float(unsigned x) { return packkv_simt::detail::from_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(packkv_simt::detail::to_bits(x)); }
 [[noreturn]] inline void __trap(packkv_simt::site where = packkv_simt::site::here()) { packkv_simt::detail::fail("__trap()", where); }

@@ -38,7 +38,10 @@ PACKKV_HOST_DEVICE inline float column_of(const head_parameters& p, int width, i
 
 /// Row scale bits from the sum of squares of `count` channels. NaN if not finite or beyond half's range.
 PACKKV_HOST_DEVICE inline std::uint16_t row_scale_bits(double sum_of_squares, int count) {
-  const float rms = static_cast<float>(sqrt_rn(div_rn(sum_of_squares, static_cast<double>(count))));
+  const bool power_of_two = (count & (count - 1)) == 0;  // division is exact then, and so is a product, which is faster
+  const double mean =
+      power_of_two ? sum_of_squares * (1.0 / count) : div_rn(sum_of_squares, static_cast<double>(count));
+  const float rms = static_cast<float>(sqrt_rn(mean));
   const std::uint16_t bits = float_to_half(rms);
   return bits >= 0x7c00u ? std::uint16_t{0x7fffu} : bits;
 }

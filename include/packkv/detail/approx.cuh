@@ -39,6 +39,16 @@ __device__ inline float reciprocal_fast(float x) {
   return y;
 #endif
 }
+/// 1 / sqrt(x) for normal x > 0, within 2^-22.4 relative (the PTX ISA's bound); infinite for 0.
+__device__ inline float reciprocal_sqrt_fast(float x) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return 1.0f / sqrtf(x);
+#else
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 /// Two floats as halves, nearest even; `low` in the low 16 bits.
 __device__ inline std::uint32_t pack_halves(float low, float high) {
 #if defined(PACKKV_SIMT_EXECUTOR)

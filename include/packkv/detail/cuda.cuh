@@ -111,6 +111,25 @@ __device__ inline void store16(void* p, const bytes16& x, [[maybe_unused]] call_
 #endif
   *static_cast<bytes16*>(p) = x;
 }
+__device__ inline void store8(void* p, const bytes8& x, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  packkv_simt::detail::check_aligned(p, 8, where);
+#endif
+  *static_cast<bytes8*>(p) = x;
+}
+
+/// Byte Number of each of four words, that of `a` lowest.
+template <int Number>
+__device__ inline std::uint32_t gather_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  static_assert(Number >= 0 && Number < 4, "a word has four bytes");
+#if defined(PACKKV_SIMT_EXECUTOR)
+  const auto byte = [](std::uint32_t x) { return x >> (8 * Number) & 0xffu; };
+  return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+#else
+  constexpr unsigned two = Number | (Number + 4) << 4;
+  return __byte_perm(__byte_perm(a, b, two), __byte_perm(c, d, two), 0x5410);
+#endif
+}
 
 /// Adds 1 to a counter, or sets it back to 0 if it is `last`; what it was before. Releases what the threads of this
 /// block wrote before a barrier, and acquires, for a barrier behind it, what blocks released that came before.

@@ -5,7 +5,7 @@
 
 #include <packkv/codec/checks.hpp>
 #include <packkv/device/exec.cuh>
-#include <packkv/kernel/compress.cuh>
+#include <packkv/kernel/fused_compress.cuh>
 
 namespace packkv {
 
@@ -26,9 +26,66 @@ kernel::compress_args make_compress_args(const std::int64_t (&extent)[4], const 
   return {pages, table, lengths, extent[0], static_cast<std::int32_t>(extent[2]), e.report};
 }
 
+/// Codec of one side of a format; void where it is known at run time only.
+template <class Format, side Which, class = void>
+struct static_codec {
+  using type = void;
+};
+template <class Format, side Which>
+struct static_codec<Format, Which, std::void_t<typename Format::key_codec_type>> {
+  using type =
+      std::conditional_t<Which == side::key, typename Format::key_codec_type, typename Format::value_codec_type>;
+};
+
+/// Whether both codecs of a format are plans that are known at compile time.
+template <class Format, class = void>
+inline constexpr bool has_plans = false;
+template <class Format>
+inline constexpr bool has_plans<Format, std::void_t<typename Format::key_codec_type>> =
+    Format::key().kind == codec_kind::plan&& Format::value().kind == codec_kind::plan;
+
+/// Whether warp::tile_encoder serves a codec with these parameters and tensors.
+template <class Codec>
+bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] const input_view<4>& in) {
+  if constexpr (warp::has_tile_encoder<Codec>) {
+    bool aligned = reinterpret_cast<std::uintptr_t>(in.data) % 8 == 0 && in.stride[3] == 2;
+    for (int i = 0; i < 3; ++i) aligned = aligned && in.stride[i] % 8 == 0;
+    return aligned && p.column_scale == nullptr && p.channel_offset == nullptr;
+  } else {
+    return false;
+  }
+}
+
+template <int HeadDim, class Codec>
+status compress_side(const kernel::side_args& s, const kernel::compress_args& a, const input_view<4>& in,
+                     std::int64_t tiles, cudaStream_t stream) {
+  if constexpr (warp::has_tile_encoder<Codec>)
+    if (encoder_serves<Codec>(s.parameters, in))
+      return launch(
+          in.type == dtype::bfloat16 ? kernel::fused_compress<Codec, true> : kernel::fused_compress<Codec, false>,
+          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, stream, s, a, in);
+  return launch(kernel::compress<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, stream, s, a, in);
+}
+
+template <int HeadDim, class Codec>
+status store_tiles_of_side(const kernel::side_args& s, const pages_view& pages, const input_view<4>& in,
+                           const tile_move* moves, std::int64_t n, const exec& e) {
+  const std::int64_t tiles = n * pages.kv_heads;
+  if constexpr (warp::has_tile_encoder<Codec>)
+    if (encoder_serves<Codec>(s.parameters, in))
+      return launch(
+          in.type == dtype::bfloat16 ? kernel::fused_store_tiles<Codec, true> : kernel::fused_store_tiles<Codec, false>,
+          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, e.stream, s, pages, in, moves, n,
+          e.report);
+  return launch(kernel::store_tiles<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, e.stream, s, pages, in,
+                moves, n, e.report);
+}
+
 }  // namespace detail
 
-/// Codes whole sequences from their token 0 on, in stream order.
+/// Codes whole sequences from their token 0 on, in stream order. Fast where warp::has_tile_encoder holds for the codec,
+/// no calibrated steps or offsets are given, and channels lie side by side with all strides and the address multiples
+/// of 8; otherwise by a general kernel. The bytes are the same.
 /// \param keys,values device memory [batch, kv_heads, tokens, D_k / D_v], float16 or bfloat16, any strides (bytes).
 /// \param lengths device int32 [batch] or null (all `tokens`); values outside 0..tokens are clamped and reported.
 /// \param pages, table where the tiles go; unused slots of a sequence's last tile become zero bytes; tiles
@@ -45,14 +102,14 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
   const checked items = checked(keys.extent[0]) * keys.extent[1] * tiles;
   if (!items.valid()) return refuse(status_code::overflow, "more tiles than 63 bits can count");
   if (items.value() == 0) return {};
-  const dim3 grid = detail::grid_for(items.value());
-  constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::compress<Format::key_head_dim>, grid, threads, e.stream,
-                                      detail::key_side(params), args, keys);
+  using keys_of = typename detail::static_codec<Format, side::key>::type;
+  using values_of = typename detail::static_codec<Format, side::value>::type;
+  if (const status s = detail::compress_side<Format::key_head_dim, keys_of>(detail::key_side(params), args, keys,
+                                                                            items.value(), e.stream);
       !s)
     return s;
-  return detail::launch(kernel::compress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params),
-                        args, values);
+  return detail::compress_side<Format::value_head_dim, values_of>(detail::value_side(params), args, values,
+                                                                  items.value(), e.stream);
 }
 
 /// Reconstructs whole sequences into float16, bfloat16 tensors of the shapes that compress takes. Tokens at or past a
@@ -92,19 +149,27 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const std::int64_t items = keys.extent[0] * keys.extent[1];
   if (items == 0) return {};
-  const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items, kernel::compress_warps));
-  constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream,
-                                      detail::key_side(params), pages, keys, slots, e.report);
-      !s)
-    return s;
-  return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream,
-                        detail::value_side(params), pages, values, slots, e.report);
+  const auto key = detail::key_side(params), value = detail::value_side(params);
+  if constexpr (detail::has_plans<Format>) {
+    const std::int64_t blocks = min_of<std::int64_t>(ceil_div<std::int64_t>(items, kernel::token_warps), 1 << 29);
+    return detail::launch(kernel::store_tokens_of_plans<Format>, detail::grid_for(2 * blocks), kernel::token_warps * 32,
+                          e.stream, key, value, pages, keys, values, slots, e.report);
+  } else {
+    const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items, kernel::compress_warps));
+    constexpr int threads = kernel::compress_warps * 32;
+    if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream, key, pages,
+                                        keys, slots, e.report);
+        !s)
+      return s;
+    return detail::launch(kernel::store_tokens<Format::value_head_dim>, grid, threads, e.stream, value, pages, values,
+                          slots, e.report);
+  }
 }
 
 /// Codes n whole tiles, in stream order; capturable in a graph: what a cache needs whose keys are grouped along tokens
 /// (grouped_key_codec). Keep at least the newest 64 tokens in a ring, which decode_attention reads in their place; when
-/// a sequence reaches a multiple of 64 tokens, code the tile that is full from the ring. Any format will do.
+/// a sequence reaches a multiple of 64 tokens, code the tile that is full from the ring. Any format will do;
+/// fast for the same as compress.
 /// \param keys,values device memory [rows, kv_heads, tokens, D_k / D_v] with at least 64 tokens, float16 or
 ///        bfloat16, any strides (bytes): the ring, or new tokens of a prompt.
 /// \param moves device memory [n], 8-byte aligned, with different slots; negative slots are skipped, so that a
@@ -115,14 +180,14 @@ status store_tiles(const input_view<4>& keys, const input_view<4>& values, const
                    const parameters<Format>& params, const pages_view& pages, const exec& e) {
   if (const status s = detail::check_store_tiles(keys, values, moves, n, params, pages); !s) return s;
   if (n == 0) return {};
-  const dim3 grid = detail::grid_for(n * pages.kv_heads);
-  constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::store_tiles<Format::key_head_dim>, grid, threads, e.stream,
-                                      detail::key_side(params), pages, keys, moves, n, e.report);
+  using keys_of = typename detail::static_codec<Format, side::key>::type;
+  using values_of = typename detail::static_codec<Format, side::value>::type;
+  if (const status s = detail::store_tiles_of_side<Format::key_head_dim, keys_of>(detail::key_side(params), pages, keys,
+                                                                                  moves, n, e);
       !s)
     return s;
-  return detail::launch(kernel::store_tiles<Format::value_head_dim>, grid, threads, e.stream,
-                        detail::value_side(params), pages, values, moves, n, e.report);
+  return detail::store_tiles_of_side<Format::value_head_dim, values_of>(detail::value_side(params), pages, values,
+                                                                        moves, n, e);
 }
 
 }  // namespace packkv

@@ -9,6 +9,7 @@
 namespace packkv::kernel {
 
 inline constexpr int compress_warps = 8;
+inline constexpr int token_warps = 4;  ///< of a block of store_tokens_of_plans
 
 /// One side of a cache, as these kernels see it.
 struct side_args {
@@ -73,33 +74,49 @@ __device__ inline void encode_tile(const codec_spec& spec, const head_parameters
   __syncthreads();
 }
 
-/// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles (sequence, head, tile index).
+/// A tile that compress has to code, and its tokens; tile is null if there is nothing to do.
+struct compress_place {
+  std::uint8_t* tile = nullptr;
+  std::int64_t b = 0, first = 0;
+  int head = 0, count = 0;
+};
+/// Items are (sequence, head, tile index), the last one fastest.
+__device__ inline compress_place compress_place_of(const side_args& s, const compress_args& a, std::int64_t item,
+                                                   std::uint32_t& flags) {
+  using namespace packkv::detail;
+  const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens), index = item % tiles;
+  compress_place at;
+  at.b = item / tiles / a.pages.kv_heads;
+  at.head = static_cast<int>(item / tiles % a.pages.kv_heads);
+  at.first = index * tile_tokens;
+  const std::int64_t length = clamp_length(a.lengths, at.b, a.max_tokens, flags);
+  if (at.first >= length) return at;
+  const std::int32_t page = find_page(a.table, a.pages.num_pages, at.b, index / a.pages.tiles_per_page, flags);
+  if (page < 0) return at;
+  at.tile = tile_address(s, a.pages, page, at.head, static_cast<int>(index % a.pages.tiles_per_page));
+  at.count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - at.first));
+  return at;
+}
+__device__ inline std::int64_t compress_items(const compress_args& a) {
+  return a.batch * a.pages.kv_heads * ceil_div(a.max_tokens, tile_tokens);
+}
+
+/// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles.
 template <int HeadDim>
 __global__ void __launch_bounds__(compress_warps * 32)
     compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
              const __grid_constant__ input_view<4> in) {
   using namespace packkv::detail;
   __shared__ __align__(16) std::uint32_t words[HeadDim * tile_tokens / 4];  // the widest plan: 8 bits a channel
-  const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens);
-  const std::int64_t items = a.batch * a.pages.kv_heads * tiles;
   std::uint32_t flags = 0, clamps = 0;
-  for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const std::int64_t index = item % tiles, b = item / tiles / a.pages.kv_heads;
-    const int head = static_cast<int>(item / tiles % a.pages.kv_heads);
+  for (std::int64_t item = blockIdx.x; item < compress_items(a); item += gridDim.x) {
     std::uint32_t table_flags = 0;
-    const std::int64_t length = clamp_length(a.lengths, b, a.max_tokens, table_flags);
-    const std::int64_t first = index * tile_tokens;
-    if (first < length) {  // the same for all threads of the block
-      const std::int32_t page = find_page(a.table, a.pages.num_pages, b, index / a.pages.tiles_per_page, table_flags);
-      if (page >= 0) {
-        std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
-        const int count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - first));
-        encode_tile<HeadDim>(
-            s.spec, of_head(s.spec, s.parameters, head), count,
-            [&](int t) { return address(in, b, head, first + t, 0); }, in.stride[3], in.type, tile, words, flags,
-            clamps);
-      }
-    }
+    const compress_place at = compress_place_of(s, a, item, table_flags);
+    if (at.tile != nullptr)  // the same for all threads of the block
+      encode_tile<HeadDim>(
+          s.spec, of_head(s.spec, s.parameters, at.head), at.count,
+          [&](int t) { return address(in, at.b, at.head, at.first + t, 0); }, in.stride[3], in.type, at.tile, words,
+          flags, clamps);
     if (threadIdx.x == 0) flags |= table_flags;
   }
   detail::add_report(a.report, flags, clamps);
@@ -156,40 +173,84 @@ __global__ void __launch_bounds__(compress_warps * 32)
   detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
 
+/// Where a token is coded; tile is null if it is not.
+struct token_place {
+  std::uint8_t* tile;
+  int slot;
+};
+__device__ inline token_place token_place_of(const side_args& s, const pages_view& pages, std::int64_t slot, int head,
+                                             std::uint32_t& flags) {
+  if (slot < 0) return {nullptr, 0};
+  const std::int64_t tile = slot / tile_tokens;
+  const bool small = tile < 0x7fffffff;  // a division of 32 bits takes a fifth of the time
+  const std::int64_t page =
+      small ? static_cast<std::int32_t>(tile) / pages.tiles_per_page : tile / pages.tiles_per_page;
+  if (page >= pages.num_pages) {
+    if (detail::lane_id() == 0) flags |= report_page_out_of_range;
+    return {nullptr, 0};
+  }
+  return {tile_address(s, pages, page, head, static_cast<int>(tile - page * pages.tiles_per_page)),
+          static_cast<int>(slot % tile_tokens)};
+}
+
 /// Codes n single tokens of one side into live pages; a warp per (token, head).
 template <int HeadDim>
 __global__ void __launch_bounds__(compress_warps * 32)
     store_tokens(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
                  const __grid_constant__ input_view<3> in, const std::int64_t* slots, device_report* report) {
   using namespace packkv::detail;
-  const std::int64_t items = in.extent[0] * pages.kv_heads;
-  const std::int64_t page_tokens = static_cast<std::int64_t>(pages.tiles_per_page) * tile_tokens;
   std::uint32_t flags = 0, clamps = 0;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * compress_warps + warp_id(); item < items;
-       item += static_cast<std::int64_t>(gridDim.x) * compress_warps) {
-    const std::int64_t i = item / pages.kv_heads, slot = slots[i];
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * compress_warps + warp_id();
+       item < in.extent[0] * pages.kv_heads; item += static_cast<std::int64_t>(gridDim.x) * compress_warps) {
+    const std::int64_t i = item / pages.kv_heads;
     const int head = static_cast<int>(item % pages.kv_heads);
-    if (slot < 0) continue;
-    if (slot / page_tokens >= pages.num_pages) {
-      if (lane_id() == 0) flags |= report_page_out_of_range;
-      continue;
-    }
-    std::uint8_t* tile =
-        tile_address(s, pages, slot / page_tokens, head, static_cast<int>(slot % page_tokens / tile_tokens));
-    std::uint32_t* words = reinterpret_cast<std::uint32_t*>(tile);
+    const token_place at = token_place_of(s, pages, slots[i], head, flags);
+    if (at.tile == nullptr) continue;
     const char* token = static_cast<const char*>(address(in, i, head, 0));
-    // Neighbouring tokens share words, so both halves of and-then-or are atomic; each bit has one owner.
     warp::encode_token<HeadDim>(
         s.spec, of_head(s.spec, s.parameters, head),
-        [&](int c) { return load_element(token + c * in.stride[2], in.type); }, static_cast<int>(slot % tile_tokens),
-        tile,
-        [&](const code_write& w) {
-          if (w.bits != w.mask) atomicAnd(&words[w.word], ~(w.mask & ~w.bits));
-          if (w.bits != 0) atomicOr(&words[w.word], w.bits);
-        },
-        flags, clamps);
+        [&](int c) { return load_element(token + c * in.stride[2], in.type); }, at.slot, at.tile,
+        warp::shared_words(at.tile), flags, clamps);
   }
   detail::add_report(report, flags, clamps);
+}
+
+/// Codes n single tokens of one side into live pages, by blocks `block` of `blocks`; a warp per (token, head).
+template <class Codec>
+__device__ inline void store_plan_tokens(const side_args& s, const pages_view& pages, const input_view<3>& in,
+                                         const std::int64_t* slots, int block, int blocks, device_report* report) {
+  using namespace packkv::detail;
+  std::uint32_t flags = 0, clamps = 0;
+  for (std::int64_t item = static_cast<std::int64_t>(block) * token_warps + warp_id();
+       item < in.extent[0] * pages.kv_heads; item += static_cast<std::int64_t>(blocks) * token_warps) {
+    const std::int64_t i = item / pages.kv_heads, slot = slots[i];
+    const int head = static_cast<int>(item - i * pages.kv_heads);
+    // The token is loaded before its slot is known.
+    const char* token = static_cast<const char*>(address(in, i, head, 0));
+    const head_parameters parameters = of_head(s.spec, s.parameters, head);
+    float y[Codec::head_dim / 32];
+    constexpr codec_spec spec = Codec::spec();
+    const bool finite = warp::to_coded_basis<Codec::head_dim>(
+        spec, parameters, [&](int c) { return load_element(token + c * in.stride[2], in.type); }, y);
+    const token_place at = token_place_of(s, pages, slot, head, flags);
+    if (at.tile != nullptr) warp::store_plan_token<Codec>(parameters, y, finite, at.slot, at.tile, flags, clamps);
+  }
+  detail::add_report(report, flags, clamps);
+}
+
+/// Codes n single tokens of both sides, whose codecs are plans; the first half of the blocks, of which there is an even
+/// number, has keys.
+template <class Format>
+__global__ void __launch_bounds__(token_warps * 32)
+    store_tokens_of_plans(const __grid_constant__ side_args key, const __grid_constant__ side_args value,
+                          const __grid_constant__ pages_view pages, const __grid_constant__ input_view<3> keys,
+                          const __grid_constant__ input_view<3> values, const std::int64_t* slots,
+                          device_report* report) {
+  const int blocks = static_cast<int>(gridDim.x / 2), block = static_cast<int>(blockIdx.x);
+  if (block < blocks)
+    store_plan_tokens<typename Format::key_codec_type>(key, pages, keys, slots, block, blocks, report);
+  else
+    store_plan_tokens<typename Format::value_codec_type>(value, pages, values, slots, block - blocks, blocks, report);
 }
 
 }  // namespace packkv::kernel

@@ -92,49 +92,45 @@ __device__ inline void encode_channel_groups(const codec_spec& spec, const float
   if (!finite && lane == 0) flags |= report_nonfinite_input;
 }
 
-/// Codes the token with channels source(c) as token `token` of a tile; not for codecs that need whole tiles.
-/// `put_bits(code_write)` stores a field of a code word; everything else of the tile (scale, leading components,
-/// elements) is stored to `tile` directly. `flags` and `clamps` collect what device_report counts; each event is
-/// counted in one lane. All lanes take part.
-template <int HeadDim, class Source, class PutBits>
-__device__ inline void encode_token(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
-                                    std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags,
-                                    std::uint32_t& clamps) {
+/// Codes the elements source(c) of a token of a 16-bit or FP8 tile. All lanes take part.
+template <int HeadDim, class Source>
+__device__ inline void encode_elements(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
+                                       std::uint8_t* tile, std::uint32_t& flags) {
   using namespace packkv::detail;
-  constexpr int registers = HeadDim / 32;
-  const int lane = lane_id();
-  bool finite = true;
-
-  if (!spec.has_codes()) {
-    bool overflow = false;
-    for (int i = 0; i < registers; ++i) {
-      const int c = lane + 32 * i, at = token * HeadDim + c;
-      const float x = source(c);
-      const bool x_finite = is_finite(x);
-      finite = finite && x_finite;
-      if (spec.kind == codec_kind::fp8) {
-        const float u = div_rn(x, head.tensor_scale);
-        overflow = overflow || (x_finite && !(u >= -448.0f && u <= 448.0f));
-        tile[at] = float_to_e4m3(x_finite ? u : nan_float());
-      } else {
-        const bool half = spec.kind == codec_kind::float16;
-        const std::uint16_t bits = half ? float_to_half(x) : float_to_bfloat16(x);
-        overflow = overflow || (x_finite && !is_finite(half ? half_to_float(bits) : bfloat16_to_float(bits)));
-        reinterpret_cast<std::uint16_t*>(tile)[at] = bits;
-      }
+  bool finite = true, overflow = false;
+  for (int i = 0; i < HeadDim / 32; ++i) {
+    const int c = lane_id() + 32 * i, at = token * HeadDim + c;
+    const float x = source(c);
+    const bool x_finite = is_finite(x);
+    finite = finite && x_finite;
+    if (spec.kind == codec_kind::fp8) {
+      const float u = div_rn(x, head.tensor_scale);
+      overflow = overflow || (x_finite && !(u >= -448.0f && u <= 448.0f));
+      tile[at] = float_to_e4m3(x_finite ? u : nan_float());
+    } else {
+      const bool half = spec.kind == codec_kind::float16;
+      const std::uint16_t bits = half ? float_to_half(x) : float_to_bfloat16(x);
+      overflow = overflow || (x_finite && !is_finite(half ? half_to_float(bits) : bfloat16_to_float(bits)));
+      reinterpret_cast<std::uint16_t*>(tile)[at] = bits;
     }
-    if (!finite) flags |= report_nonfinite_input;
-    if (overflow) flags |= report_scale_overflow;
-    return;
   }
+  if (!finite) flags |= report_nonfinite_input;
+  if (overflow) flags |= report_scale_overflow;
+}
 
-  float y[registers];
-  finite = to_coded_basis<HeadDim>(spec, head, source, y);
-  if (spec.kind == codec_kind::grouped)
-    return encode_channel_groups<HeadDim>(spec, y, finite, token, tile, put_bits, flags);
+/// Codes a token y in the coded basis of a plan; place_of(index) is the code_place of channel lane + 32 * index of the
+/// token, `index` an integral_constant. put_writes(code_writes) stores its fields, by all lanes. `finite`: whether the
+/// elements were. Otherwise as encode_token.
+template <int HeadDim, class PlaceOf, class PutWrites>
+__device__ inline void encode_plan_token(const codec_spec& spec, const head_parameters& head,
+                                         const float (&y)[HeadDim / 32], bool finite, int token, std::uint8_t* tile,
+                                         PlaceOf&& place_of, PutWrites&& put_writes, std::uint32_t& flags,
+                                         std::uint32_t& clamps) {
+  using namespace packkv::detail;
+  const int lane = lane_id();
   double sum = 0.0;
   bool in_range = true;
-  for (int i = 0; i < registers; ++i) {
+  for (int i = 0; i < HeadDim / 32; ++i) {
     in_range = in_range && is_finite(y[i]);
     if (lane + 32 * i >= spec.leading) sum = add_square(sum, y[i]);
   }
@@ -151,22 +147,107 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
       flags |= report_scale_overflow;
     *reinterpret_cast<std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)) = scale_bits;
   }
-  for (int i = 0; i < registers; ++i) {
+  for_constants<HeadDim / 32>([&](auto index) {
+    constexpr int i = decltype(index)::value;
     const int c = lane + 32 * i;
-    const code_place place = locate(spec.strips, token, c);
-    if (place.width == 0) continue;
-    const bool coded = valid && c >= spec.leading;
+    const code_place place = place_of(index);
+    const bool coded = valid && place.width > 0 && c >= spec.leading;
     const std::uint32_t code =
         coded ? encode_element(y[i], mul_rn(row, column_of(head, place.width, c)), place.width) : 0u;
-    const code_writes writes = split_code(place, code);
-    for (int w = 0; w < writes.count; ++w) put_bits(writes.write[w]);
-  }
+    put_writes(split_code(place, code));
+  });
   if (lane < spec.leading) {
     bool clamped = false;
     const std::int8_t q = valid ? encode_leading(y[0], head.leading_scale[lane], clamped) : std::int8_t{0};
     clamps += clamped ? 1u : 0u;
     tile[spec.leading_offset() + lane * tile_tokens + row_slot(token)] = static_cast<std::uint8_t>(q);
   }
+}
+
+/// Codes the token with channels source(c) as token `token` of a tile; not for codecs that need whole tiles.
+/// `put_bits(code_write)` stores a field of a code word; everything else of the tile (scale, leading components,
+/// elements) is stored to `tile` directly. `flags` and `clamps` collect what device_report counts; each event is
+/// counted in one lane. All lanes take part.
+template <int HeadDim, class Source, class PutBits>
+__device__ inline void encode_token(const codec_spec& spec, const head_parameters& head, Source&& source, int token,
+                                    std::uint8_t* tile, PutBits&& put_bits, std::uint32_t& flags,
+                                    std::uint32_t& clamps) {
+  if (!spec.has_codes()) return encode_elements<HeadDim>(spec, head, source, token, tile, flags);
+  float y[HeadDim / 32];
+  const bool finite = to_coded_basis<HeadDim>(spec, head, source, y);
+  if (spec.kind == codec_kind::grouped)
+    return encode_channel_groups<HeadDim>(spec, y, finite, token, tile, put_bits, flags);
+  encode_plan_token<HeadDim>(
+      spec, head, y, finite, token, tile,
+      [&](auto index) { return locate(spec.strips, token, detail::lane_id() + 32 * decltype(index)::value); },
+      [&](const code_writes& all) {
+        for (int w = 0; w < all.count; ++w) put_bits(all.write[w]);
+      },
+      flags, clamps);
+}
+
+/// Place of the code of channel lane + 32 * Index of a token, of a plan that is known at compile time.
+template <class Codec, int Index>
+__device__ inline code_place place_in_plan(int token) {
+  constexpr strip_layout strips = Codec::spec().strips;
+  const int channel = detail::lane_id() + 32 * Index;
+  const auto in_strip = [&](auto strip) {
+    constexpr int s = decltype(strip)::value, width = strips.width[s], low_bits = width == 3 ? 2 : width;
+    const auto field = [&](auto bits, int base) {
+      return strips.which == side::key
+                 ? packkv::detail::key_field(decltype(bits)::value, base, strips.channels, token, channel)
+                 : packkv::detail::value_field(decltype(bits)::value, base, token, channel);
+    };
+    code_place place{width, {0, 0}, {0, 0}};
+    if (width > 0) place.low = field(std::integral_constant<int, low_bits>{}, strips.low[s]);
+    if (width == 3) place.high = field(std::integral_constant<int, 1>{}, strips.high[s]);
+    return place;
+  };
+  if constexpr (strips.channels == 32)
+    return in_strip(std::integral_constant<int, Index>{});
+  else
+    return detail::lane_id() < 16 ? in_strip(std::integral_constant<int, 2 * Index>{})
+                                  : in_strip(std::integral_constant<int, 2 * Index + 1>{});
+}
+
+/// Stores fields of code words of a tile whose other bits belong to others, who may store theirs at the same time.
+class shared_words {
+ public:
+  __device__ explicit shared_words(std::uint8_t* tile) : words_(reinterpret_cast<std::uint32_t*>(tile)) {}
+  __device__ void operator()(const code_write& w) const {
+    if (w.bits != w.mask) atomicAnd(&words_[w.word], ~(w.mask & ~w.bits));
+    if (w.bits != 0) atomicOr(&words_[w.word], w.bits);
+  }
+
+ private:
+  std::uint32_t* words_;
+};
+
+/// Codes a token y in the coded basis of a plan that is known at compile time, into a tile that others may change at
+/// the same time: the bytes of encode_token by fewer instructions. All lanes take part.
+template <class Codec>
+__device__ inline void store_plan_token(const head_parameters& head, const float (&y)[Codec::head_dim / 32],
+                                        bool finite, int token, std::uint8_t* tile, std::uint32_t& flags,
+                                        std::uint32_t& clamps) {
+  constexpr codec_spec spec = Codec::spec();
+  constexpr bool keys = spec.strips.which == side::key;
+  static_assert(spec.kind == codec_kind::plan, "a plan");
+  encode_plan_token<Codec::head_dim>(
+      spec, head, y, finite, token, tile,
+      [&](auto index) { return place_in_plan<Codec, decltype(index)::value>(token); },
+      [&](const code_writes& all) {
+        for (int w = 0; w < 2; ++w) {
+          code_write x = all.write[w];
+          if (w >= all.count) x.mask = x.bits = 0;
+          // Four neighbouring channels of a key share a word, and channels c and c + 8 of a value.
+          for (int stride = keys ? 1 : 8; stride < (keys ? 4 : 16); stride *= 2) {
+            x.mask |= detail::shuffle_xor(x.mask, stride);
+            x.bits |= detail::shuffle_xor(x.bits, stride);
+          }
+          if ((detail::lane_id() & (keys ? 3 : 8)) == 0 && x.mask != 0) shared_words{tile}(x);
+        }
+      },
+      flags, clamps);
 }
 
 /// Reconstructs channel c of a token in the transformed basis.

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// warp::tile_encoder behind compress and store_tiles: the bytes of the definition, whatever the data.
+#include "../support/catch.hpp"
+#include "test_cache.hpp"
+
+using namespace packkv_test;
+
+namespace {
+
+template <int Dim, class Transform, class KeyPlan, class ValuePlan>
+using plans = pk::cache_format<pk::key_codec<Dim, Transform, pk::rms_scale, KeyPlan>,
+                               pk::value_codec<Dim, Transform, pk::rms_scale, ValuePlan>>;
+using two_bit = plans<128, pk::hadamard, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
+using all_widths = plans<128, pk::identity, pk::plan<4, 3, 1, 0>, pk::plan<8, 8, 4, 3, 3, 2, 1, 0>>;
+using turned = plans<128, pk::hadamard, pk::plan<8, 3, 2, 1>, pk::plan<4, 4, 3, 3, 2, 2, 1, 0>>;
+using dim_64 = plans<64, pk::hadamard, pk::plan<8, 4, 3, 1>, pk::plan<8, 3, 2, 1>>;
+using dim_96 = plans<96, pk::hadamard, pk::plan<4, 3, 1>, pk::plan<4, 3, 3, 2, 2, 1>>;
+
+static_assert(pk::warp::has_tile_encoder<two_bit::key_codec_type>);
+static_assert(!pk::warp::has_tile_encoder<pk::float16_codec<128>>);
+static_assert(
+    !pk::warp::has_tile_encoder<pk::key_codec<128, pk::identity, pk::rms_scale, pk::plan<4, 3, 2, 1>, pk::leading<1>>>);
+
+/// Fills a tensor with tokens of many kinds: bell-shaped ones, some near borders of cells or of the scale's grid, some
+/// with outliers, of constants, powers of two, of every exponent, zeros, and what cannot be coded.
+void fill_with_hard_tokens(random_source& random, tensor_data& x, int width) {
+  const auto bits_of = [&](float value) {
+    return x.type == pk::dtype::float16 ? pk::float_to_half(value) : pk::float_to_bfloat16(value);
+  };
+  const std::int64_t row = x.dim + x.pad;
+  for (std::int64_t t = 0; t < x.rows * x.heads * x.tokens; ++t) {
+    const int kind = random.between(0, 19);
+    const float size = std::ldexp(1.0f, random.between(-12, 6));
+    for (std::int64_t c = 0; c < x.dim; ++c) {
+      float value = random.normal();
+      if (kind == 0) value = 0.0f;
+      if (kind == 1) value = random.one_in(2) ? 1.0f : -1.0f;
+      if (kind == 2) value = c == 5 ? 30.0f : 0.01f * value;
+      if (kind == 3) value = static_cast<float>(random.between(-4, 4)) * pk::gaussian_step(width);
+      if (kind == 4) value = std::ldexp(value, random.between(-20, 3));
+      if (kind == 5) value = static_cast<float>(c == 0) * 4.0f;
+      if (kind == 6) value *= 1e-6f;
+      if (kind == 7) value = random.one_in(3) ? 0.0f : -0.0f;
+      if (kind == 8 && c == 17) value = INFINITY;
+      if (kind == 9 && c == 3) value = NAN;
+      if (kind == 10) value = std::ldexp(1.0f, static_cast<int>(c % 8));
+      if (kind == 11) value *= x.type == pk::dtype::float16 ? 900.0f : 1e37f;
+      x.host_bits[static_cast<std::size_t>(t * row + c)] = bits_of(value * size);
+    }
+  }
+  x.device_bits = device_array<std::uint16_t>(x.host_bits);
+}
+
+/// A cache of hard tokens, as tile_encoder takes it.
+template <class Format>
+test_cache<Format> hard_cache(random_source& random, cache_shape shape) {
+  test_cache<Format> cache(random, shape, Format{});
+  cache.key_data = {}, cache.value_data = {};
+  for (tensor_data* x : {&cache.keys, &cache.values}) {
+    x->pad = 4 * random.between(0, 2);
+    x->host_bits.assign(static_cast<std::size_t>(x->rows * x->heads * x->tokens * (x->dim + x->pad)), 0x7fff);
+    fill_with_hard_tokens(random, *x, random.between(1, 4));
+  }
+  return cache;
+}
+
+template <class Format>
+void check_encoder(random_source& random) {
+  for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
+    cache_shape shape = random_shape(random, most_tokens);
+    shape.type = type;
+    auto cache = hard_cache<Format>(random, shape);
+    REQUIRE(
+        pk::detail::encoder_serves<typename Format::key_codec_type>(cache.gpu_parameters().key, cache.keys.device()));
+    REQUIRE(cache.compress_reference());
+    REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
+                         cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+    CHECK((cache.device_pages.host() == cache.pages));
+    CHECK(cache.gpu_report().flags == cache.report.flags);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("the tile encoder gives the reference's bytes for hard tokens, whole and partial tiles") {
+  for (int round = 0; round < 2 * repeats; ++round) {
+    INFO("round " << round);
+    random_source random(static_cast<unsigned>(8100 + round));
+    check_encoder<two_bit>(random);
+    check_encoder<all_widths>(random);
+    check_encoder<turned>(random);
+    check_encoder<dim_64>(random);
+    check_encoder<dim_96>(random);
+  }
+}
+
+TEST_CASE("the tile encoder gives the reference's bytes for tiles out of a ring") {
+  random_source random(8200);
+  for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
+    cache_shape shape;
+    shape.batch = 2, shape.kv_heads = 2, shape.max_tokens = 100, shape.tiles_per_page = 2, shape.type = type;
+    auto cache = hard_cache<two_bit>(random, shape);
+    const std::vector<pk::tile_move> moves = {{0, 1, 70},  {64, 0, 36}, {-1, 0, 0},
+                                              {128, 0, 0}, {192, 5, 0}, {129, 0, 0}};
+    const device_array<pk::tile_move> device_moves(moves);
+    REQUIRE(pk::reference::store_tiles(cache.keys.host(), cache.values.host(), moves.data(),
+                                       static_cast<std::int64_t>(moves.size()), cache.host_parameters(),
+                                       cache.host_pages(), cache.report));
+    REQUIRE(pk::store_tiles(cache.keys.device(), cache.values.device(), device_moves.data(),
+                            static_cast<std::int64_t>(moves.size()), cache.gpu_parameters(), cache.gpu_pages(),
+                            cache.exec()));
+    CHECK((cache.device_pages.host() == cache.pages));
+    CHECK(cache.gpu_report().flags == cache.report.flags);
+    CHECK((cache.report.flags & pk::report_ring_row_out_of_range) != 0);
+  }
+}
+
+TEST_CASE("a tensor that the tile encoder does not take gives the same bytes") {
+  random_source random(8300);
+  cache_shape shape;
+  shape.max_tokens = 70;
+  auto cache = hard_cache<two_bit>(random, shape);
+  for (tensor_data* x : {&cache.keys, &cache.values}) {
+    x->pad = 3;
+    x->host_bits.assign(static_cast<std::size_t>(x->tokens * (x->dim + x->pad)), 0);
+    fill_with_hard_tokens(random, *x, 2);
+  }
+  REQUIRE(!pk::detail::encoder_serves<two_bit::key_codec_type>(cache.gpu_parameters().key, cache.keys.device()));
+  REQUIRE(cache.compress_reference());
+  REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(), cache.gpu_parameters(),
+                       cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+  CHECK((cache.device_pages.host() == cache.pages));
+}
+
+namespace {
+
+using led = pk::cache_format<pk::key_codec<128, pk::hadamard, pk::rms_scale, pk::plan<4, 3, 2, 0>, pk::leading<2>>,
+                             pk::value_codec<64, pk::identity, pk::rms_scale, pk::plan<8, 3, 1, 0>>>;
+using in_basis = pk::cache_format<pk::key_codec<128, pk::basis, pk::rms_scale, pk::plan<4, 2, 1, 1>>,
+                                  pk::value_codec<96, pk::permutation, pk::rms_scale, pk::plan<4, 4, 3, 2, 2, 1>>>;
+
+/// Tokens in random order, some twice, into pages of garbage.
+template <class Format>
+void check_tokens(random_source& random) {
+  for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
+    cache_shape shape = random_shape(random, 130);
+    shape.batch = 1, shape.type = type;
+    test_cache<Format> cache(random, shape, Format{});
+    for (tensor_data* x : {&cache.keys, &cache.values}) fill_with_hard_tokens(random, *x, random.between(1, 4));
+    const std::int64_t page_tokens = 64 * shape.tiles_per_page;
+    std::vector<std::int64_t> slots;
+    for (int t = 0; t < shape.max_tokens; ++t)
+      slots.push_back(random.one_in(7)
+                          ? -1
+                          : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
+    slots[0] = static_cast<std::int64_t>(cache.host_pages().num_pages) * page_tokens;  // beyond the pages
+    std::vector<std::int64_t> wrong_first(slots);
+    for (std::size_t t = 1; t + 1 < slots.size(); t += 5) std::swap(wrong_first[t], wrong_first[t + 1]);
+    for (const auto& order : {wrong_first, slots}) {
+      const device_array<std::int64_t> device_slots(order);
+      REQUIRE(pk::reference::store_tokens(one_by_one(cache.keys.host()), one_by_one(cache.values.host()), order.data(),
+                                          cache.host_parameters(), cache.host_pages(), cache.report));
+      REQUIRE(pk::store_tokens(one_by_one(cache.keys.device()), one_by_one(cache.values.device()), device_slots.data(),
+                               cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
+      CHECK((cache.device_pages.host() == cache.pages));
+    }
+    CHECK(cache.gpu_report().flags == cache.report.flags);
+    CHECK(cache.gpu_report().leading_clamps == cache.report.leading_clamps);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("tokens of plans that are known at compile time, stored one by one, give the reference's bytes") {
+  for (int round = 0; round < repeats; ++round) {
+    INFO("round " << round);
+    random_source random(static_cast<unsigned>(8400 + round));
+    check_tokens<turned>(random);
+    check_tokens<led>(random);
+    check_tokens<in_basis>(random);
+  }
+}
