@@ -453,7 +453,7 @@ def build(options, work, workers):
         instrumented.append("-fno-aggressive-loop-optimizations")  # a loop that runs too far is what some mutants are
     jobs = []
     for test in sorted((root / "tests/device").glob("*.cu"), key=lambda p: -p.stat().st_size):
-        if test.name == "real_cache_test.cu":  # runs nothing without real caches
+        if test.name in ("real_cache_test.cu", "snippets_test.cu"):  # nothing without real caches; nothing new
             continue
         jobs.append((test, [*flags, *instrumented, "-x", "c++"]))
     jobs.append((here / "mutant.hpp", [*flags, "-O1", "-DPACKKV_SIMT_MUTANT_DEFINITIONS", "-x", "c++"]))
