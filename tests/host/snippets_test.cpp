@@ -200,7 +200,7 @@ TEST_CASE("documentation: a real cache is calibrated, compressed and attended to
       mean_error(attention(parameters, pages, data), attention(pk::parameters<raw>{}, raw_pages, data));
   INFO("error " << error);
   CHECK(error > 0.0);
-  CHECK(error < 0.25);
+  CHECK(error < 0.3);  // no sinks and no ring
 }
 
 TEST_CASE("documentation: a rank of a tensor-parallel group codes its KV heads as the whole model does") {
