@@ -32,9 +32,11 @@ struct gemv_piece {
   std::int32_t first_block, last_block;
 };
 
+/// The pieces of units that a block of a GEMV kernel works on, one after the other.
 template <int Rows, int Threads>
 class gemv_units {
  public:
+  /// In shared memory.
   struct temp_storage {
     sequence_items items;
     std::int32_t length[max_split_sequences];

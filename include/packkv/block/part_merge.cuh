@@ -21,6 +21,7 @@ __device__ inline bool last_to_arrive(std::uint32_t* counter, unsigned others, b
 /// Parts that join_blocks can take with this scratch.
 constexpr int max_parts(int scratch_floats, int threads, int rows) { return (scratch_floats - threads * 4) / rows; }
 
+/// Joins parts of rows (sums, maximum, weight) of the warps of a block, and of blocks.
 template <int HeadDim, int Rows, int Warps>
 struct part_merge {
   static constexpr int threads = Warps * detail::warp_threads;

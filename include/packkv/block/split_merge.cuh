@@ -14,6 +14,7 @@ struct split_storage {
   float* rows;              ///< [units][splits][Rows][HeadDim + 2]
 };
 
+/// Joins the rows of blocks that share a unit of output.
 template <int HeadDim, int Rows>
 struct split_merge {
   /// Floats of partial rows that `units` units of `splits` splits need.

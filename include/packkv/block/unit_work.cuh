@@ -35,6 +35,7 @@ struct work_storage {
   bool coded, tail;  ///< the block has a part of the coded tokens; has the 16-bit tokens
 };
 
+/// The units that a block of the fused decode kernel works on, one after the other.
 template <int Rows, int Threads>
 class unit_work {
  public:

@@ -278,6 +278,7 @@ inline status write_blob(const Format& format, const blob_id& id, const pages_vi
                          std::int64_t capacity) {
   return write_blob(format, id, pages, page, head_range{0, pages.kv_heads}, out, capacity);
 }
+/// The same for all KV heads of the page.
 template <class Format>
 inline status read_blob(const Format& format, const blob_id& id, const void* in, std::int64_t size,
                         const pages_view& pages, std::int64_t page) {

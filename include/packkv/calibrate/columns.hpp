@@ -32,7 +32,9 @@ inline constexpr double leading_reach = 4.0;   ///< an 8-bit leading component c
 /// textA and judged on textB (Qwen2.5-Coder-1.5B | Gemma 3 270M, 2 bits, 16 sinks, 64 recent): one multiplier per
 /// strip 0.098 | 0.185, one per channel in 0.6 .. 1.6 0.085 | 0.160, in 0.3 .. 2.2 0.083 | 0.161.
 inline constexpr double first_multiplier = 0.3;
+/// Between one multiplier and the next.
 inline constexpr double multiplier_spacing = 0.05;
+/// Multipliers tried.
 inline constexpr int step_tries = 39;
 
 namespace detail {

@@ -12,6 +12,7 @@
 
 namespace packkv {
 
+/// What a codec's tiles hold.
 enum class codec_kind : std::uint8_t {
   plan,      ///< fixed-width codes by strip, a 16-bit scale per token
   float16,   ///< elements as IEEE half, token-major
@@ -165,6 +166,7 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_grouped_codec(side which, int head_
   return spec;
 }
 
+/// A 16-bit or FP8 codec from run-time data; check it with check_codec.
 PACKKV_HOST_DEVICE constexpr codec_spec make_element_codec(codec_kind kind, int head_dim) {
   codec_spec spec;
   spec.kind = kind;

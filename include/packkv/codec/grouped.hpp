@@ -147,9 +147,11 @@ PACKKV_HOST_DEVICE constexpr grouped_spec make_grouped(side which, int head_dim,
 PACKKV_HOST_DEVICE constexpr grouped_spec kivi_keys(int head_dim, int width, int group = 32) {
   return make_grouped(side::key, head_dim, group_axis::channel, group, width);
 }
+/// The values of KIVI, see kivi_keys.
 PACKKV_HOST_DEVICE constexpr grouped_spec kivi_values(int head_dim, int width, int group = 32) {
   return make_grouped(side::value, head_dim, group_axis::vector, group, width);
 }
+/// Newest tokens that KIVI keeps in 16 bits.
 inline constexpr int kivi_recent = 128;
 
 /// Where the parts of one coded side [heads, tokens, head_dim] lie: channel means, blocks, 16-bit tail; in bytes from a

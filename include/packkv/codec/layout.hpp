@@ -123,6 +123,7 @@ struct code_write {
   std::uint32_t mask;
   std::uint32_t bits;
 };
+/// All words that storing a code changes.
 struct code_writes {
   int count;  ///< 0 at width 0, 2 at width 3, else 1
   code_write write[2];

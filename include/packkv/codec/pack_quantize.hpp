@@ -62,6 +62,7 @@ PACKKV_HOST_DEVICE inline std::int16_t ordered_bits(std::uint16_t bits) {
   const std::int16_t x = static_cast<std::int16_t>(bits);
   return static_cast<std::int16_t>(x ^ ((x >> 15) & 0x7fff));
 }
+/// The element of ordered_bits().
 PACKKV_HOST_DEVICE inline std::uint16_t element_bits(std::int16_t ordered) {
   const std::uint16_t bits = static_cast<std::uint16_t>(ordered ^ ((ordered >> 15) & 0x7fff));
   return bits == 0x8000u ? std::uint16_t{0} : bits;  // both zeros are stored as +0

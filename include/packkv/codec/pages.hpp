@@ -115,6 +115,7 @@ template <class Format>
 PACKKV_HOST_DEVICE constexpr std::int64_t key_page_bytes(const Format& format, int tiles_per_page) {
   return static_cast<std::int64_t>(format.key().tile_bytes()) * tiles_per_page;
 }
+/// The same for V.
 template <class Format>
 PACKKV_HOST_DEVICE constexpr std::int64_t value_page_bytes(const Format& format, int tiles_per_page) {
   return static_cast<std::int64_t>(format.value().tile_bytes()) * tiles_per_page;
@@ -141,6 +142,7 @@ PACKKV_HOST_DEVICE inline std::uint8_t* key_tile(const pages_view& p, const code
   return static_cast<std::uint8_t*>(p.key_data) + page * p.key_page_stride + head * p.key_head_stride +
          static_cast<std::int64_t>(tile) * spec.tile_bytes();
 }
+/// The same for V.
 PACKKV_HOST_DEVICE inline std::uint8_t* value_tile(const pages_view& p, const codec_spec& spec, std::int64_t page,
                                                    int head, int tile) {
   return static_cast<std::uint8_t*>(p.value_data) + page * p.value_page_stride + head * p.value_head_stride +

@@ -41,6 +41,7 @@ PACKKV_HOST_DEVICE constexpr int adaptive_group(group_axis axis, int head_dim) {
 
 }  // namespace detail
 
+/// A strip-adaptive spec; check it with check_adaptive.
 PACKKV_HOST_DEVICE constexpr adaptive_spec make_adaptive(side which, int head_dim, group_axis axis, float relative_step,
                                                          transform_kind transform = transform_kind::identity,
                                                          bool centred = false, pack_zero zero = pack_zero::floating) {

@@ -43,6 +43,7 @@ struct plan {
   }
 };
 
+/// Whether strips of plans may have this width.
 PACKKV_HOST_DEVICE constexpr bool is_plan_width(int w) { return (w >= 0 && w <= 4) || w == 8; }
 
 /// The strips of one tile: widths, and the word at which each strip's planes begin.

@@ -9,6 +9,7 @@
 
 namespace packkv {
 
+/// The transforms below, as data.
 enum class transform_kind : std::uint8_t { identity, permutation, hadamard, basis };
 
 /// y = x.

@@ -52,6 +52,7 @@ template <class T>
 PACKKV_HOST_DEVICE constexpr T min_of(T a, T b) {
   return b < a ? b : a;
 }
+/// See min_of.
 template <class T>
 PACKKV_HOST_DEVICE constexpr T max_of(T a, T b) {
   return a < b ? b : a;

@@ -70,6 +70,7 @@ using e5m2_format = small_float<5, 2, true>;
 
 /// IEEE 754 binary16. Every NaN encodes to 0x7fff (or 0xffff), overflow to infinity.
 PACKKV_HOST_DEVICE inline float half_to_float(std::uint16_t bits) { return detail::half_format::decode(bits); }
+/// Nearest even.
 PACKKV_HOST_DEVICE inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(detail::half_format::encode(x));
 }
@@ -78,6 +79,7 @@ PACKKV_HOST_DEVICE inline std::uint16_t float_to_half(float x) {
 PACKKV_HOST_DEVICE inline float bfloat16_to_float(std::uint16_t bits) {
   return detail::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
+/// Nearest even.
 PACKKV_HOST_DEVICE inline std::uint16_t float_to_bfloat16(float x) {
   const std::uint32_t bits = detail::bit_cast<std::uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x7fffu);
@@ -86,12 +88,14 @@ PACKKV_HOST_DEVICE inline std::uint16_t float_to_bfloat16(float x) {
 
 /// FP8 E4M3 of "OCP 8-bit Floating Point Specification" 1.0: no infinity, |x| > 448 saturates to 448.
 PACKKV_HOST_DEVICE inline float e4m3_to_float(std::uint8_t bits) { return detail::e4m3_format::decode(bits); }
+/// Nearest even.
 PACKKV_HOST_DEVICE inline std::uint8_t float_to_e4m3(float x) {
   return static_cast<std::uint8_t>(detail::e4m3_format::encode(x));
 }
 
 /// FP8 E5M2 of the same specification: IEEE-like, overflow gives infinity.
 PACKKV_HOST_DEVICE inline float e5m2_to_float(std::uint8_t bits) { return detail::e5m2_format::decode(bits); }
+/// Nearest even.
 PACKKV_HOST_DEVICE inline std::uint8_t float_to_e5m2(float x) {
   return static_cast<std::uint8_t>(detail::e5m2_format::encode(x));
 }

@@ -18,6 +18,7 @@ namespace packkv {
 /// Element type of a tensor that crosses the API.
 enum class dtype : std::uint8_t { float16, bfloat16, float32 };
 
+/// Size of an element.
 PACKKV_HOST_DEVICE constexpr int bytes_of(dtype type) { return type == dtype::float32 ? 4 : 2; }
 
 /// A tensor of `Rank` dimensions. `Pointer` is `const void*` for inputs and `void*` for outputs.
@@ -32,8 +33,10 @@ struct tensor_view {
   std::int64_t stride[Rank] = {};
 };
 
+/// A tensor that a call reads.
 template <int Rank>
 using input_view = tensor_view<const void*, Rank>;
+/// A tensor that a call writes.
 template <int Rank>
 using output_view = tensor_view<void*, Rank>;
 

@@ -20,6 +20,7 @@ struct decode_share {
   bool raw;                           ///< it has the unit's 16-bit tokens, and ends the unit
 };
 
+/// Which block of which launch of a call does what.
 struct decode_plan {
   int query_rows = 0;               ///< of a pass over the cache: 4, 8 or 16
   policy::fused_block_shape shape;  ///< of a block

@@ -120,6 +120,7 @@ struct unpacker {
   using low = Plane<low_bits>;
   using high = Plane<1>;
   static constexpr int registers = low::registers;
+  /// The words of a lane.
   struct words {
     std::uint32_t low_words[low::words], high_words[high::words];
   };
@@ -151,8 +152,10 @@ struct unpacker {
   }
 };
 
+/// Of strips of 32 channels.
 template <int Bits>
 using key_plane_32 = key_plane<Bits, 32>;
+/// Of strips of 16 channels (head dim 64).
 template <int Bits>
 using key_plane_16 = key_plane<Bits, 16>;
 

@@ -26,6 +26,7 @@ struct adaptive_source {
 
   PACKKV_HOST_DEVICE std::int64_t coded_tokens() const { return layout.coded_tokens; }
 
+  /// Loads the tokens of a tile, see token_source.cuh.
   template <int HeadDim>
   class reader {
    public:

@@ -47,6 +47,7 @@ struct grouped_source {
 
   PACKKV_HOST_DEVICE std::int64_t coded_tokens() const { return layout.coded_tokens; }
 
+  /// Loads the tokens of a tile, see token_source.cuh.
   template <int HeadDim>
   class reader {
    public:

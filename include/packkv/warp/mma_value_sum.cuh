@@ -35,13 +35,16 @@ struct value_operand {
 /// The planes of V are added in passes, each over the strips that have a plane of that kind.
 namespace passes {
 
+/// A kind of plane.
 struct value_pass {
   int bits;    ///< of the plane
   int weight;  ///< log2 of what a code of the plane counts
   int width;   ///< of its strips, the only one or with `other`
   int other;
 };
+/// Passes, in the order of sections of a V tile.
 inline constexpr int count = 5;
+/// Pass number `pass`, 0 .. count - 1.
 PACKKV_HOST_DEVICE constexpr value_pass of(int pass) {
   switch (pass) {
     case 0:
@@ -56,9 +59,11 @@ PACKKV_HOST_DEVICE constexpr value_pass of(int pass) {
       return {1, 0, 1, 1};
   }
 }
+/// Whether a strip has a plane of this kind.
 PACKKV_HOST_DEVICE constexpr bool has_strip(const strip_layout& s, const value_pass& pass, int strip) {
   return s.width[strip] == pass.width || s.width[strip] == pass.other;
 }
+/// Whether any strip has.
 PACKKV_HOST_DEVICE constexpr bool exists(const strip_layout& s, int pass) {
   bool found = false;
   for (int i = 0; i < s.count; ++i) found = found || has_strip(s, of(pass), i);
@@ -75,6 +80,7 @@ PACKKV_HOST_DEVICE constexpr int fold(int pass, int k) {
   const value_pass p = of(pass);
   return detail::value_field(p.bits, 0, 8 * k, 0).bit - p.weight;
 }
+/// 2^exponent.
 PACKKV_HOST_DEVICE constexpr float power_of_two(int exponent) {
   float x = 1.0f;
   for (int i = 0; i < exponent; ++i) x *= 2.0f;

@@ -15,6 +15,7 @@
 
 namespace packkv::warp {
 
+/// Float16 or bfloat16 elements as floats.
 template <int Count>
 __device__ inline void convert_16bit(const std::uint16_t (&bits)[Count], dtype type, float (&x)[Count]) {
   if (type == dtype::float16)

@@ -33,6 +33,7 @@ struct score_columns {
 __device__ inline detail::bytes16 load_rows(const std::uint8_t* rows) {
   return detail::load16(rows + 16 * (detail::lane_id() / 4));
 }
+/// What load_rows loaded, as floats.
 __device__ inline void unpack_rows(const detail::bytes16& rows, float (&row)[tokens_per_lane]) {
   for (int i = 0; i < tokens_per_lane / 2; ++i) {
     const detail::two_floats x = detail::unpack_halves(rows.word[i]);

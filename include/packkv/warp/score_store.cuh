@@ -16,6 +16,7 @@ __device__ inline std::uint32_t pack_16bit(float low, float high, dtype type) {
   return type == dtype::float16 ? detail::pack_halves(low, high) : detail::pack_16bit<true>(low, high);
 }
 
+/// Where the scores of a sequence's rows go, and their type.
 template <int Rows>
 class score_store {
  public:

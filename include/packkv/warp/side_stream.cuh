@@ -18,17 +18,20 @@ struct side_pages {
   std::int64_t page_stride;  ///< bytes
   std::int32_t num_pages, tiles_per_page;
 };
+/// Of the keys of a KV head.
 __device__ inline side_pages key_pages(const cache_view& cache, int head) {
   const pages_view& p = cache.pages;
   return {&cache.table, static_cast<const std::uint8_t*>(p.key_data) + head * p.key_head_stride, p.key_page_stride,
           p.num_pages, p.tiles_per_page};
 }
+/// Of the values of a KV head.
 __device__ inline side_pages value_pages(const cache_view& cache, int head) {
   const pages_view& p = cache.pages;
   return {&cache.table, static_cast<const std::uint8_t*>(p.value_data) + head * p.value_head_stride,
           p.value_page_stride, p.num_pages, p.tiles_per_page};
 }
 
+/// A warp's stream of tiles of one side, `Stages` of them on their way or in use.
 template <int TileBytes, int Stages, copy_engine Engine>
 class side_stream {
  public:

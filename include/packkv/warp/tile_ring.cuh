@@ -34,6 +34,7 @@ struct copy_source {
   int bytes = 0;
 };
 
+/// A ring of `Stages` buffers in shared memory, of one warp.
 template <int Stages, copy_engine Engine>
 class tile_ring {
  public:

@@ -13,6 +13,7 @@
 
 namespace packkv::warp {
 
+/// A warp's stream of pairs of a K tile and a V tile, `Stages` of them on their way or in use.
 template <class Format, int Stages, copy_engine Engine>
 class tile_stream {
  public:

@@ -62,6 +62,7 @@ struct raw_source {
 
   PACKKV_HOST_DEVICE std::int64_t coded_tokens() const { return 0; }
 };
+/// The same where no token is coded.
 template <int HeadDim, class Function>
 __device__ inline void read_tile(const raw_source& source, std::int64_t b, int head, std::int64_t tile, std::uint32_t&,
                                  Function&& f) {
