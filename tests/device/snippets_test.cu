@@ -295,8 +295,7 @@ TEST_CASE("documentation: drafts are verified together, and rejected ones overwr
   engine e;
   compress_prompt(e);
   // [drafts]
-  // Query tokens of sequence b: query_start_loc[b] .. query_start_loc[b + 1] - 1. Here 3 of sequence 0, 1 of
-  // sequence 1.
+  // Query tokens of sequence b: query_start_loc[b] .. query_start_loc[b + 1] - 1. Here 3 and 1.
   const std::vector<std::int32_t> query_start_loc = {0, 3, 4};
   // seq_lens counts the new tokens: query i of n stands at position seq_len - n + i and sees up to itself.
   const std::vector<std::int32_t> seq_lens = {100 + 3, 37 + 1};
