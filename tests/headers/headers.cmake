@@ -59,3 +59,11 @@ if(PACKKV_CLANGXX)
 else()
   packkv_skipped_test(headers.clang "clang++ was not found")
 endif()
+
+# Which header may include which.
+if(PACKKV_PYTHON3)
+  add_test(NAME headers.direction
+    COMMAND "${PACKKV_PYTHON3}" "${CMAKE_CURRENT_SOURCE_DIR}/headers/direction.py" "${include_dir}")
+else()
+  packkv_skipped_test(headers.direction "no python3")
+endif()

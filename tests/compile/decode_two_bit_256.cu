@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <packkv/device/decode_attention.cuh>
+
+#include "gate.hpp"
+
+void gates() {
+  using gate::any;
+  (void)pk::decode_attention<gate::two_bit_256>(any, any, any, any, any, any, any, any);
+}
