@@ -190,7 +190,7 @@ std::string finish_elements(const std::set<std::string>&, codec_choice&) { retur
 
 void begin_plan(const std::string&, codec_choice& c) { c.value.transform = transform_kind::hadamard; }
 std::string finish_plan(const std::set<std::string>& given, codec_choice& c) {
-  const std::string what = contradiction(given, c);
+  std::string what = contradiction(given, c);
   if (what.empty() && c.value.kind != codec_kind::plan) c.value.transform = transform_kind::identity;
   return what;
 }

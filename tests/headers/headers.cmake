@@ -67,3 +67,13 @@ if(PACKKV_PYTHON3)
 else()
   packkv_skipped_test(headers.direction "no python3")
 endif()
+
+find_program(PACKKV_CLANG_TIDY NAMES clang-tidy-14 clang-tidy)
+mark_as_advanced(PACKKV_CLANG_TIDY)
+if(PACKKV_CLANG_TIDY)
+  add_test(NAME headers.tidy
+    COMMAND "${CMAKE_CURRENT_SOURCE_DIR}/check_tidy.sh" "${PACKKV_CLANG_TIDY}" "${PROJECT_SOURCE_DIR}")
+  set_tests_properties(headers.tidy PROPERTIES ${skip_property} TIMEOUT 900 COST 80)  # CPU seconds, so that it starts early
+else()
+  packkv_skipped_test(headers.tidy "clang-tidy was not found")
+endif()
