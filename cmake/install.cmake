@@ -4,7 +4,7 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir "${CMAKE_INSTALL_DATADIR}/cmake/packkv")  # share/: nothing here depends on the architecture
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/packkv" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
-  FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
+  FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh" REGEX "/detail/nvrtc/[a-z_]+$")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 install(TARGETS packkv EXPORT packkv-targets)
 install(EXPORT packkv-targets NAMESPACE packkv:: DESTINATION "${package_dir}")

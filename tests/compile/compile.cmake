@@ -15,3 +15,31 @@ else()
   set_tests_properties(compile.general compile.decode_two_bit PROPERTIES COST 100)  # the longest, for four architectures
   add_test(NAME compile.every_kernel COMMAND ${gates} --complete)
 endif()
+
+# NVRTC has neither a host compiler nor a standard library: the headers from which kernels are built need neither.
+if(packkv_cuda)
+  find_package(CUDAToolkit QUIET)
+endif()
+if(TARGET CUDA::nvrtc)
+  set(kernel_headers)
+  foreach(layer core codec detail policy thread warp block kernel)
+    file(GLOB layer_headers RELATIVE "${include_dir}" CONFIGURE_DEPENDS
+      "${include_dir}/packkv/${layer}/*.hpp" "${include_dir}/packkv/${layer}/*.cuh")
+    list(APPEND kernel_headers ${layer_headers})
+  endforeach()
+  list(TRANSFORM kernel_headers REPLACE "(.+)" "#include <\\1>\n")
+  string(JOIN "" text ${kernel_headers} "#include \"gate.hpp\"\n")
+  file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/nvrtc.cu" CONTENT "${text}")
+  add_executable(packkv_nvrtc compile/nvrtc.cpp)
+  packkv_options(packkv_nvrtc)
+  target_link_libraries(packkv_nvrtc PRIVATE CUDA::nvrtc)
+  set(folders "${CMAKE_CURRENT_SOURCE_DIR}/compile" "${include_dir}" "${include_dir}/packkv/detail/nvrtc")
+  foreach(folder IN LISTS CUDAToolkit_INCLUDE_DIRS)
+    list(APPEND folders "${folder}" "${folder}/cccl")  # libcu++ since CUDA 13
+  endforeach()
+  list(TRANSFORM folders PREPEND "-I")
+  add_test(NAME compile.nvrtc COMMAND packkv_nvrtc "${CMAKE_CURRENT_BINARY_DIR}/nvrtc.cu"
+    -std=c++17 -arch=sm_90a -default-device ${folders})
+else()
+  packkv_skipped_test(compile.nvrtc "no CUDA toolkit with NVRTC")
+endif()

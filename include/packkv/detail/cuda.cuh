@@ -194,6 +194,7 @@ __device__ inline void wait_for_kernel_before() {
 #endif
 }
 
+#if !defined(__CUDACC_RTC__)  // NVRTC has no CUDA runtime
 /// Launches a kernel; a refusal of the runtime becomes a status. Never synchronises.
 template <class... Parameter>
 inline status launch(void (*kernel)(Parameter...), dim3 grid, block_size block, cudaStream_t stream,
@@ -245,6 +246,15 @@ status compiled_architecture([[maybe_unused]] void (*kernel)(Parameter...), int&
 #endif
 }
 
+/// Zeroes memory in stream order.
+inline status clear(void* p, std::size_t bytes, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(p, 0, bytes, stream);
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();
+  return refuse(status_code::cuda_error, cudaGetErrorString(error), error);
+}
+#endif
+
 /// Brings the 128 bytes around an address of global memory nearer, without waiting.
 __device__ inline void prefetch([[maybe_unused]] const void* p) {
 #if !defined(PACKKV_SIMT_EXECUTOR)
@@ -262,14 +272,6 @@ __device__ inline void touch_parameters([[maybe_unused]] const Parameters& param
   const int x = lane_id() < lines ? reinterpret_cast<const int*>(&parameters)[16 * lane_id()] : 0;
   asm volatile("" ::"r"(x));
 #endif
-}
-
-/// Zeroes memory in stream order.
-inline status clear(void* p, std::size_t bytes, cudaStream_t stream) {
-  const cudaError_t error = cudaMemsetAsync(p, 0, bytes, stream);
-  if (error == cudaSuccess) return {};
-  (void)cudaGetLastError();
-  return refuse(status_code::cuda_error, cudaGetErrorString(error), error);
 }
 
 }  // namespace packkv::detail
