@@ -12,7 +12,7 @@ else()
     add_test(NAME compile.${name} COMMAND ${gates} "${source}")
     set_tests_properties(compile.${name} PROPERTIES TIMEOUT 900)
   endforeach()
-  set_tests_properties(compile.general compile.decode_two_bit PROPERTIES COST 100)  # the longest, for four architectures
+  set_tests_properties(compile.general compile.decode_two_bit PROPERTIES COST 100)  # for four architectures
   add_test(NAME compile.every_kernel COMMAND ${gates} --complete)
 endif()
 

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """gates.py --nvcc NVCC [--update] [SOURCE...]: what the kernels of tests/compile/*.cu cost, against budgets.txt.
 
-Each source is compiled for sm_90a, or for the architectures that its line "// Architectures: ..." names, with warnings as
-errors. A kernel fails that needs more registers, shared memory, stack or spilled bytes than the table says, or four times
-the seconds in ptxas; so does a source that takes four times the seconds of the CPU, a kernel that is not in the table,
-and one of the table that is no more. A kernel spills nothing unless spills.txt says why. The numbers are those of one
-version of nvcc: with another one registers, shared memory and stack may be 10 % more (at least 8 registers, 256 bytes)
-and spills twice as many, but none where there are none. --update writes what it measured. Without sources: all of them,
-and whether each kernel of include/packkv/kernel is in the table.
+Each source is compiled for sm_90a, or for the architectures that its line "// Architectures: ..." names, with warnings
+as errors. A kernel fails that needs more registers, shared memory, stack or bytes of spill stores than the table says,
+or four times the seconds in ptxas; so does a source that takes four times the seconds of the CPU, a kernel that is not
+in the table, and one of the table that is no more. A kernel spills nothing unless spills.txt says why. The numbers are
+those of one version of nvcc: with another one registers, shared memory and stack may be 10 % more (at least 8
+registers, 256 bytes) and spills twice as many, but none where there are none. --update writes what it measured. Without
+sources: all of them, and whether each kernel of include/packkv/kernel is in the table and each line of spills.txt is
+needed.
 """
 import argparse
 import fnmatch
@@ -102,26 +103,25 @@ def read_table():
 
 def write_table(version, table):
     lines = [
-        "# What tests/compile/gates.py compares with, and writes with --update: registers of a thread; bytes of spill stores,",
-        "# stack and static shared memory; seconds in ptxas; behind a source seconds of the CPU for all of nvcc.",
+        "# What tests/compile/gates.py compares with, and writes with --update: registers of a thread; bytes of spill",
+        "# stores, stack and static shared memory; seconds in ptxas; behind a source seconds of the CPU for nvcc.",
         f"nvcc {version}", f"date {time.strftime('%Y-%m-%d')}"]
     for (source, architecture), (seconds, kernels) in sorted(table.items()):
         lines += ["", f"{source} for {architecture}: {seconds:.1f} s",
-                  f"  {'kernel':<70}" + "".join(f"{c:>10}" for c in COLUMNS)]
-        lines += [f"  {name:<70}" + "".join(f"{numbers[c]:>10g}" for c in COLUMNS)
+                  f"  {'kernel':<64}" + "".join(f"{c:>10}" for c in COLUMNS)]
+        lines += [f"  {name:<64}" + "".join(f"{numbers[c]:>10g}" for c in COLUMNS)
                   for name, numbers in sorted(kernels.items())]
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def may_spill(source, kernel):
-    """Whether spills.txt has a reason: lines of source pattern, kernel pattern: reason."""
-    for line in REASONS.read_text().splitlines():
-        if line and not line.startswith("#"):
-            patterns, reason = line.split(": ", 1)
-            sources, kernels = patterns.split(" ", 1)
-            if reason and fnmatch.fnmatchcase(source, sources) and fnmatch.fnmatchcase(kernel, kernels):
-                return True
-    return False
+def spill_patterns():
+    """(source, kernel) of the lines of spills.txt that give a reason."""
+    lines = (line for line in REASONS.read_text().splitlines() if line and not line.startswith("#"))
+    return [tuple(line.split(": ", 1)[0].split(" ", 1)) for line in lines if re.search(": *\\S", line)]
+
+
+def matches(pattern, source, kernel):
+    return fnmatch.fnmatchcase(source, pattern[0]) and fnmatch.fnmatchcase(kernel, pattern[1])
 
 
 def limit(column, value, same_version):
@@ -146,8 +146,9 @@ def compared(source, kernels, budget, same_version):
                 number, most = kernels[kernel][column], limit(column, budget[kernel][column], same_version)
                 if number > most:
                     yield f"{kernel}: {column} {number:g}, the budget is {most:g}"
-        if kernel in kernels and kernels[kernel]["spilled"] and not may_spill(source, kernel):
-            yield f"{kernel}: spills {kernels[kernel]['spilled']} bytes, and {REASONS.name} gives no reason"
+        spilled = kernel in kernels and kernels[kernel]["spilled"]
+        if spilled and not any(matches(pattern, source, kernel) for pattern in spill_patterns()):
+            yield f"{kernel}: spills {spilled} bytes, and {REASONS.name} gives no reason"
 
 
 def kernel_name(text):
@@ -163,6 +164,13 @@ def kernel_name(text):
     return kernel_name(text)
 
 
+def unused_patterns(table):
+    """Lines of spills.txt for kernels that spill no more."""
+    spilling = [(source, kernel) for (source, _), (_, kernels) in table.items()
+                for kernel, numbers in kernels.items() if numbers["spilled"]]
+    return [pattern for pattern in spill_patterns() if not any(matches(pattern, *names) for names in spilling)]
+
+
 def missing_kernels(table):
     """(kernels of the library that no source compiles for sm_90a, how many kernels it has)."""
     headers = (INCLUDE / "packkv/kernel").glob("*.cuh")
@@ -176,7 +184,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--complete", action="store_true", help="only whether the table has each kernel of the library")
+    parser.add_argument("--complete", action="store_true", help="compile nothing: only the check of the table")
     parser.add_argument("sources", nargs="*", type=pathlib.Path)
     options = parser.parse_args()
     sources = options.sources or ([] if options.complete else sorted(HERE.glob("*.cu")))
@@ -219,6 +227,8 @@ def main():
         missing, count = missing_kernels(table)
         failures += [f"{kernel}: a kernel of include/packkv/kernel that no source of {HERE.name} compiles"
                      for kernel in missing]
+        failures += [f"{source} {kernel}: a reason in {REASONS.name} for what does not spill"
+                     for source, kernel in unused_patterns(table)]
         print(f"{count} kernels in include/packkv/kernel, {count - len(missing)} of them in the table")
     for failure in failures:
         print(f"FAILED: {failure}")

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """direction.py INCLUDE_DIR: which header may include which, and how long a header may be.
 
-An include points down the layers, never up or sideways; a .hpp, which any host compiler takes, includes no .cuh; nothing
-but the standard library is included from outside, and CUDA only by the one door to it. Names file, line and include.
+An include points down the layers, never up or sideways; a .hpp, which any host compiler takes, includes no .cuh;
+nothing but the standard library is included from outside, and CUDA only by the one door to it. Names file, line and
+include.
 """
 import pathlib
 import re
