@@ -64,6 +64,32 @@ test_cache<Format> hard_cache(random_source& random, cache_shape shape) {
   return cache;
 }
 
+/// Sometimes with a page missing.
+template <class Format>
+void check_decoder(random_source& random, test_cache<Format>& cache) {
+  if (random.one_in(3)) {
+    cache.table[0] = -1;
+    cache.device_table.assign(cache.table);
+  }
+  const cache_shape& s = cache.shape;
+  tensor_data k(random, s.type, s.batch, s.kv_heads, s.max_tokens, Format::key_head_dim);
+  tensor_data v(random, s.type, s.batch, s.kv_heads, s.max_tokens, Format::value_head_dim);
+  for (tensor_data* x : {&k, &v}) {
+    x->pad = 4;
+    x->host_bits.assign(static_cast<std::size_t>(x->rows * x->heads * x->tokens * (x->dim + x->pad)), 0x1234);
+    x->device_bits = device_array<std::uint16_t>(x->host_bits);
+  }
+  REQUIRE(
+      pk::detail::encoder_serves<typename Format::key_codec_type>(cache.gpu_parameters().key, as_output(k.device())));
+  REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
+                         as_output(k.device()), as_output(v.device()), cache.exec()));
+  REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
+                                    cache.host_parameters(), as_output(k.host()), as_output(v.host()), cache.report));
+  CHECK((k.device_bits.host() == k.host_bits));
+  CHECK((v.device_bits.host() == v.host_bits));
+  CHECK(cache.gpu_report().flags == cache.report.flags);
+}
+
 template <class Format>
 void check_encoder(random_source& random) {
   for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
@@ -77,12 +103,13 @@ void check_encoder(random_source& random) {
                          cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
     CHECK((cache.device_pages.host() == cache.pages));
     CHECK(cache.gpu_report().flags == cache.report.flags);
+    check_decoder(random, cache);
   }
 }
 
 }  // namespace
 
-TEST_CASE("the tile encoder gives the reference's bytes for hard tokens, whole and partial tiles") {
+TEST_CASE("the tile encoder gives the reference's bytes for hard tokens, and the decoder its bits") {
   for (int round = 0; round < 2 * repeats; ++round) {
     INFO("round " << round);
     random_source random(static_cast<unsigned>(8100 + round));

@@ -44,9 +44,9 @@ template <class Format>
 inline constexpr bool has_plans<Format, std::void_t<typename Format::key_codec_type>> =
     Format::key().kind == codec_kind::plan&& Format::value().kind == codec_kind::plan;
 
-/// Whether warp::tile_encoder serves a codec with these parameters and tensors.
-template <class Codec>
-bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] const input_view<4>& in) {
+/// Whether warp::tile_encoder and tile_decoder serve a codec with these parameters and tensors.
+template <class Codec, class Data>
+bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] const tensor_view<Data, 4>& in) {
   if constexpr (warp::has_tile_encoder<Codec>) {
     bool aligned = reinterpret_cast<std::uintptr_t>(in.data) % 8 == 0 && in.stride[3] == 2;
     for (int i = 0; i < 3; ++i) aligned = aligned && in.stride[i] % 8 == 0;
@@ -65,6 +65,19 @@ status compress_side(const kernel::side_args& s, const kernel::compress_args& a,
           in.type == dtype::bfloat16 ? kernel::fused_compress<Codec, true> : kernel::fused_compress<Codec, false>,
           grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, stream, s, a, in);
   return launch(kernel::compress<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, stream, s, a, in);
+}
+
+template <int HeadDim, class Codec>
+status decompress_side(const kernel::side_args& s, const kernel::compress_args& a, const output_view<4>& out,
+                       std::int64_t tiles, std::int64_t tokens, cudaStream_t stream) {
+  if constexpr (warp::has_tile_encoder<Codec>)
+    if (encoder_serves<Codec>(s.parameters, out) && out.type != dtype::float32)
+      return launch(
+          out.type == dtype::bfloat16 ? kernel::fused_decompress<Codec, true> : kernel::fused_decompress<Codec, false>,
+          grid_for(ceil_div<std::int64_t>(tiles, policy::decoder_warps)), policy::decoder_warps * 32, stream, s, a,
+          out);
+  return launch(kernel::decompress<HeadDim>, grid_for(ceil_div<std::int64_t>(tokens, kernel::compress_warps)),
+                kernel::compress_warps * 32, stream, s, a, out);
 }
 
 template <int HeadDim, class Codec>
@@ -113,8 +126,8 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
 }
 
 /// Reconstructs whole sequences into float16, bfloat16 tensors of the shapes that compress takes. Tokens at or past a
-/// sequence's length are left as they were; tokens whose page is missing become NaN and are reported. Uses no
-/// workspace.
+/// sequence's length are left as they were; tokens whose page is missing become NaN and are reported. Fast for the same
+/// as compress. Uses no workspace.
 template <class Format>
 status decompress(const pages_view& pages, const page_table& table, const std::int32_t* lengths,
                   const parameters<Format>& params, const output_view<4>& keys, const output_view<4>& values,
@@ -125,14 +138,15 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
   const checked items = checked(keys.extent[0]) * keys.extent[1] * keys.extent[2];
   if (!items.valid()) return refuse(status_code::overflow, "more tokens than 63 bits can count");
   if (items.value() == 0) return {};
-  const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));
-  constexpr int threads = kernel::compress_warps * 32;
-  if (const status s = detail::launch(kernel::decompress<Format::key_head_dim>, grid, threads, e.stream,
-                                      detail::key_side(params), args, keys);
+  const std::int64_t tiles = keys.extent[0] * keys.extent[1] * ceil_div<std::int64_t>(keys.extent[2], tile_tokens);
+  using keys_of = typename detail::static_codec<Format, side::key>::type;
+  using values_of = typename detail::static_codec<Format, side::value>::type;
+  if (const status s = detail::decompress_side<Format::key_head_dim, keys_of>(detail::key_side(params), args, keys,
+                                                                              tiles, items.value(), e.stream);
       !s)
     return s;
-  return detail::launch(kernel::decompress<Format::value_head_dim>, grid, threads, e.stream, detail::value_side(params),
-                        args, values);
+  return detail::decompress_side<Format::value_head_dim, values_of>(detail::value_side(params), args, values, tiles,
+                                                                    items.value(), e.stream);
 }
 
 /// Codes n single tokens into their slots, in stream order; capturable in a graph.

@@ -74,7 +74,7 @@ __device__ inline void encode_tile(const codec_spec& spec, const head_parameters
   __syncthreads();
 }
 
-/// A tile that compress has to code, and its tokens; tile is null if there is nothing to do.
+/// A tile that compress has to code, and its tokens; tile is null if it has no page, or no tokens.
 struct compress_place {
   std::uint8_t* tile = nullptr;
   std::int64_t b = 0, first = 0;
@@ -91,10 +91,9 @@ __device__ inline compress_place compress_place_of(const side_args& s, const com
   at.first = index * tile_tokens;
   const std::int64_t length = clamp_length(a.lengths, at.b, a.max_tokens, flags);
   if (at.first >= length) return at;
-  const std::int32_t page = find_page(a.table, a.pages.num_pages, at.b, index / a.pages.tiles_per_page, flags);
-  if (page < 0) return at;
-  at.tile = tile_address(s, a.pages, page, at.head, static_cast<int>(index % a.pages.tiles_per_page));
   at.count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - at.first));
+  const std::int32_t page = find_page(a.table, a.pages.num_pages, at.b, index / a.pages.tiles_per_page, flags);
+  if (page >= 0) at.tile = tile_address(s, a.pages, page, at.head, static_cast<int>(index % a.pages.tiles_per_page));
   return at;
 }
 __device__ inline std::int64_t compress_items(const compress_args& a) {

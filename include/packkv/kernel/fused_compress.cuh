@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// compress and store_tiles for codecs that warp::tile_encoder serves: a warp per tile.
+// compress, store_tiles and decompress for codecs that warp::tile_encoder serves: a warp per tile.
 #pragma once
 
 #include <packkv/kernel/compress.cuh>
 #include <packkv/policy/fused_compress.hpp>
+#include <packkv/warp/tile_decoder.cuh>
 #include <packkv/warp/tile_encoder.cuh>
 
 namespace packkv::kernel {
@@ -59,6 +60,30 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   }
   encoder.finish(flags);
   detail::add_report(report, flags, 0);
+}
+
+/// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
+/// Grid: any number of blocks.
+template <class Codec, bool BFloat>
+__global__ void __launch_bounds__(policy::decoder_warps * 32)
+    fused_decompress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
+                     const __grid_constant__ output_view<4> out) {
+  using namespace packkv::detail;
+  std::uint32_t flags = 0;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * policy::decoder_warps + warp_id();
+       item < compress_items(a); item += static_cast<std::int64_t>(gridDim.x) * policy::decoder_warps) {
+    std::uint32_t table_flags = 0;
+    const compress_place at = compress_place_of(s, a, item, table_flags);
+    if (lane_id() == 0) flags |= table_flags;
+    const auto row = static_cast<char*>(address(out, at.b, at.head, at.first, 0));
+    if (at.tile != nullptr)
+      warp::tile_decoder<Codec, BFloat>::decode(at.tile, at.count, [&](int t) { return row + t * out.stride[2]; });
+    else
+      for (int t = 0; t < at.count; ++t)
+        for (int c = lane_id(); c < Codec::head_dim; c += warp_threads)
+          store_element(row + t * out.stride[2] + 2 * c, out.type, nan_float());
+  }
+  detail::add_report(a.report, flags, 0);
 }
 
 }  // namespace packkv::kernel

@@ -46,13 +46,16 @@ struct encoder_bounds {
 /// Hadamard transform. Its tokens must not have offsets or calibrated steps.
 template <class Codec>
 inline constexpr bool has_tile_encoder = false;
+/// Keys.
 template <int HeadDim, class Transform, class RowScale, class Plan>
 inline constexpr bool has_tile_encoder<key_codec<HeadDim, Transform, RowScale, Plan, leading<0>>> =
     HeadDim <= 128 && (Transform::kind == transform_kind::identity || Transform::kind == transform_kind::hadamard);
+/// Values.
 template <int HeadDim, class Transform, class RowScale, class Plan>
 inline constexpr bool has_tile_encoder<value_codec<HeadDim, Transform, RowScale, Plan>> =
     HeadDim <= 128 && (Transform::kind == transform_kind::identity || Transform::kind == transform_kind::hadamard);
 
+/// Codes tiles of codecs of which has_tile_encoder holds; BFloat: their elements are bfloat16.
 template <class Codec, bool BFloat>
 class tile_encoder {
   static_assert(has_tile_encoder<Codec>, "plans of up to 128 channels, identity or Hadamard, no leading components");

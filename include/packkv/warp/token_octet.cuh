@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Eight tokens in a warp, of a plan that is known at compile time: four lanes a token, the channels 4q .. 4q + 3 of
+// every 16 each. What exact_tokens and tile_decoder have in common. One idea: pairs of registers or of lanes do what
+// the definition does in a loop, in its order.
+//   using octet = warp::token_octet<Codec>;   octet::elements y;   octet::turn(y, lane_id() % 4);
+#pragma once
+
+#include <packkv/warp/token_codec.cuh>
+
+namespace packkv::warp {
+
+/// Plans without leading components in the identity or the Hadamard transform.
+template <class Codec>
+struct token_octet {
+  static constexpr int dim = Codec::head_dim, blocks = dim / 16;
+  static constexpr strip_layout strips = Codec::spec().strips;
+  static constexpr bool turned = Codec::spec().transform == transform_kind::hadamard;
+  using elements = float[blocks][4];
+  /// Width of the strip in which block Block of 16 channels lies.
+  template <int Block>
+  static constexpr int width_of = strips.width[16 * Block / strips.channels];
+
+  /// The transform, which is its own inverse: strides 1 and 2 within a lane's four, 4 and 8 between lanes, the others
+  /// between blocks. All lanes take part.
+  __device__ static void turn([[maybe_unused]] elements& y, [[maybe_unused]] int q) {
+    if constexpr (turned) hadamard(y, q);
+  }
+  __device__ static void hadamard(elements& y, int q) {
+    using namespace packkv::detail;
+    const auto pair = [](float& a, float& b) {
+      const float low = a, high = b;
+      a = add_rn(low, high), b = sub_rn(low, high);
+    };
+    for (int b = 0; b < blocks; ++b) {
+      pair(y[b][0], y[b][1]), pair(y[b][2], y[b][3]);
+      pair(y[b][0], y[b][2]), pair(y[b][1], y[b][3]);
+      for (int j = 0; j < 4; ++j)
+        for (int stride = 1; stride < 4; stride *= 2) {
+          const float other = shuffle_xor(y[b][j], stride);
+          y[b][j] = (q & stride) == 0 ? add_rn(y[b][j], other) : sub_rn(other, y[b][j]);
+        }
+    }
+    constexpr int channels = hadamard_block(dim);
+#pragma unroll
+    for (int stride = 1; 16 * stride < channels; stride *= 2)
+#pragma unroll
+      for (int b = 0; b < blocks; ++b)
+        if ((b & stride) == 0)
+          for (int j = 0; j < 4; ++j) pair(y[b][j], y[b + stride][j]);
+    for (int b = 0; b < blocks; ++b)
+      for (int j = 0; j < 4; ++j) y[b][j] = mul_rn(y[b][j], hadamard_scale(channels));
+  }
+  /// f(bits, first word of the plane, lowest bit in the code) of the planes of block Block, as integral constants.
+  template <int Block, class F>
+  __device__ static void for_planes(F&& f) {
+    constexpr int strip = 16 * Block / strips.channels, width = strips.width[strip];
+    if constexpr (width > 0)
+      f(std::integral_constant < int, width == 3 ? 2 : width > {}, std::integral_constant<int, strips.low[strip]>{},
+        std::integral_constant<int, 0>{});
+    if constexpr (width == 3)
+      f(std::integral_constant<int, 1>{}, std::integral_constant<int, strips.high[strip]>{},
+        std::integral_constant<int, 2>{});
+  }
+  template <int Bits>
+  __device__ static bit_field field(int base, int token, int channel) {
+    return strips.which == side::key ? packkv::detail::key_field(Bits, base, strips.channels, token, channel)
+                                     : packkv::detail::value_field(Bits, base, token, channel);
+  }
+
+  /// The codes of channels 16 * Block + first .. + 3, `first` a multiple of 4, of a token.
+  template <int Block>
+  __device__ static void load_codes(const std::uint32_t* tile, int token, int first, std::uint32_t (&codes)[4]) {
+    for (std::uint32_t& code : codes) code = 0;
+    for_planes<Block>([&](auto bits, auto base, auto from) {
+      constexpr std::uint32_t mask = (1u << decltype(bits)::value) - 1;
+      for (int j = 0; j < 4; ++j) {
+        const bit_field f = field<decltype(bits)::value>(decltype(base)::value, token, 16 * Block + first + j);
+        codes[j] |= (tile[f.word] >> f.bit & mask) << decltype(from)::value;
+      }
+    });
+  }
+  /// The same into a tile whose other bits belong to others.
+  template <int Block>
+  __device__ static void store_codes(const std::uint32_t (&codes)[4], int token, int first, const shared_words& words) {
+    for_planes<Block>([&](auto bits, auto base, auto from) {
+      constexpr std::uint32_t mask = (1u << decltype(bits)::value) - 1;
+      code_write write{0, 0, 0};
+      for (int j = 0; j < 4; ++j) {
+        const bit_field f = field<decltype(bits)::value>(decltype(base)::value, token, 16 * Block + first + j);
+        write.word = f.word;
+        write.mask |= mask << f.bit;
+        write.bits |= (codes[j] >> decltype(from)::value & mask) << f.bit;
+        if (strips.which == side::value || j == 3) {  // the four codes of a key are in one word
+          words(write);
+          write.mask = write.bits = 0;
+        }
+      }
+    });
+  }
+};
+
+}  // namespace packkv::warp
