@@ -82,8 +82,6 @@ PACKKV_BENCHMARK(key_gemv, two_bit);
 PACKKV_BENCHMARK(value_gemv, half);
 PACKKV_BENCHMARK(value_gemv, two_bit);
 PACKKV_BENCHMARK(compress, half);
-PACKKV_BENCHMARK(compress, two_bit);
-PACKKV_BENCHMARK(decompress, two_bit);
 
 }  // namespace
 

@@ -137,6 +137,13 @@ TEST_CASE("a family attends with the kernel of the format that it is given, and 
   family_agrees<mixed>(random);
 }
 
+TEST_CASE("a family tells groups of 32 tokens from groups of 64") {
+  using with_32 = pk::cache_format<pk::grouped_key_codec<64, 2, 32>, pk::grouped_value_codec<64, 2, 32>>;
+  using with_64 = pk::cache_format<pk::grouped_key_codec<64, 2, 64>, pk::grouped_value_codec<64, 2, 32>>;
+  CHECK(pk::format_family<with_32>::find(as_runtime(with_64::key(), with_64::value())) == -1);
+  CHECK(pk::format_family<with_32, with_64>::find(as_runtime(with_64::key(), with_64::value())) == 1);
+}
+
 TEST_CASE("a functor changes and hides scores before the softmax") {
   random_source random(78);
   test_cache<two_bit> cache(random, cache_shape{2, 2, most_tokens, 1, pk::dtype::float16}, two_bit{});

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds defects into the kernels, one at a time, and says whether the tests on the CPU executor notice.
 
-    tests/simt/mutants.py [--cxx g++] [--jobs 2] [--schedules in_order,random:1] [--list] [--only REGEX] [--work DIR]
+    tests/simt/mutants.py [--cxx g++] [--jobs 2] [--schedules in_order,random:1] [--list] [--only REGEX] [--share 1/3]
+                          [--work DIR]
 
 One idea: mutant schemata. One copy of include/ holds every mutant behind a switch read at run time (mutant.hpp), so
 the tests are built once, as packkv_simt_race_tests is. A first run of each test case notes which places it reaches; a
@@ -577,6 +578,7 @@ def main():
                         help="the later ones for what survives the earlier and is not listed")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     parser.add_argument("--only", metavar="REGEX", help="of the mutants' names")
+    parser.add_argument("--share", metavar="K/N", default="1/1", help="every Nth mutant, from the Kth on")
     parser.add_argument("--work", metavar="DIR", type=pathlib.Path, help="keep the build there, for the next run too")
     parser.add_argument("--include", metavar="DIR", action="append", default=[], help="where Catch2 is")
     parser.add_argument("--libraries", metavar="FILE", nargs="*", default=[], help="of Catch2")
@@ -588,6 +590,8 @@ def main():
     workers = concurrent.futures.ThreadPoolExecutor(options.jobs)
     mutants = instrument(work)
     chosen = [m for m in mutants if (re.search(options.only, str(m)) if options.only else not unexamined.match(m.path))]
+    part, parts = (int(x) for x in options.share.split("/"))
+    chosen = chosen[part - 1::parts]
     if options.list:
         print(*(f"{m.number}: {m}" for m in chosen), sep="\n")
         return 0
@@ -607,11 +611,11 @@ def main():
     caught = sum(m.outcome.startswith("caught") for m in chosen)
     print(f"{len(chosen)} mutants, {caught} caught ({100 * caught / len(chosen):.1f} %), "
           f"{len(chosen) - caught} survived; {len(mutants) - len(chosen)} left out; {built - begin:.0f} s to build, {time.monotonic() - built:.0f} s to run")
-    known = {m.key for m in chosen}
+    all_of, known = collections.Counter(m.key for m in mutants), collections.Counter(m.key for m in chosen)
     survived = collections.Counter(m.key for m in chosen if not m.outcome.startswith("caught"))
     new, stale = survived - listed, listed - survived
     for key in list(stale):
-        left_out = key not in known and (options.only or unexamined.match(key[0]))
+        left_out = known[key] < all_of[key] or key not in all_of and (options.only or unexamined.match(key[0]))
         if left_out or key in known and reasons[key].startswith("out of bounds: "):
             del stale[key]
     for title, keys in (("not in mutant_survivors.txt", new), ("stale in mutant_survivors.txt", stale)):

@@ -51,7 +51,7 @@ struct format_family {
  private:
   static bool same(const codec_spec& a, const codec_spec& b) {
     return a.kind == b.kind && a.transform == b.transform && a.head_dim == b.head_dim && a.leading == b.leading &&
-           detail::same_layout(a.strips, b.strips);
+           a.group == b.group && detail::same_layout(a.strips, b.strips);
   }
   template <class Format>
   static bool same(const runtime_type& format) {

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// compress, decompress and store_tokens of plans that are known at compile time, on 16-bit tensors that do not lie in
+// the L2, beside a plain read of the 16-bit bytes in the same rounds. Each format is compared with the reference first;
+// the program ends at the first wrong byte.
+//   build/test/bench/encode [--benchmark_filter=compress/two_bit]
+// Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
+// bytes over time; bytes of codes come on top.
+#include "report.cuh"
+
+namespace pk = packkv;
+
+namespace {
+
+constexpr int dim = 128, kv_heads = 8;
+template <class Transform, class KeyPlan, class ValuePlan>
+using plans = pk::cache_format<pk::key_codec<dim, Transform, pk::rms_scale, KeyPlan>,
+                               pk::value_codec<dim, Transform, pk::rms_scale, ValuePlan>>;
+using two_bit = plans<pk::hadamard, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
+using four_bit = plans<pk::hadamard, pk::plan<4, 4, 4, 4>, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>>;
+using untransformed = plans<pk::identity, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
+
+std::vector<measured> results;
+struct {
+  timing::stopwatch* watch;
+  int sms;
+} program;
+
+/// Copies of K and V of `batch` sequences and their tiles, a page a sequence.
+template <class Format>
+class problem {
+ public:
+  problem(int batch, int tokens, int least_copies = 2)
+      : batch_(batch),
+        tokens_(tokens),
+        values_(std::int64_t{batch} * kv_heads * tokens * dim),
+        tiles_(std::int64_t{batch} * kv_heads * ((tokens + 63) / 64)),
+        copies(std::max(least_copies, timing::copies_for(half_bytes()))),
+        data_(2 * values_ * copies),
+        pool_(code_bytes() * copies) {
+    random_cache_detail::fill_random<256><<<1024, 256>>>(data_.data(), 2 * values_ * copies, 7u);
+    require(cudaMemset(pool_.data(), 0xff, static_cast<std::size_t>(code_bytes() * copies)));
+    require(cudaDeviceSynchronize());
+  }
+  std::int64_t half_bytes() const { return 4 * values_; }
+  std::int64_t code_bytes() const { return tiles_ * (Format::key_tile_bytes + Format::value_tile_bytes); }
+  std::int64_t values() const { return 2 * values_; }
+  const std::uint16_t* data() const { return data_.data(); }
+
+  void compress(int copy, cudaStream_t stream) const {
+    require(pk::compress(keys(copy), values(copy), nullptr, parameters, pages(pool_.data(), copy), table(),
+                         pk::exec{stream}));
+  }
+  void decompress(int copy, cudaStream_t stream) const {
+    const auto out = [](const pk::input_view<4>& in) {
+      return pk::make_output<4>(const_cast<void*>(in.data), in.type,
+                                {in.extent[0], in.extent[1], in.extent[2], in.extent[3]});
+    };
+    require(pk::decompress(pages(pool_.data(), copy), table(), nullptr, parameters, out(keys(copy)), out(values(copy)),
+                           pk::exec{stream}));
+  }
+  /// Of copy 0, with the reference's bytes and bits.
+  void is_right() const {
+    const auto host = [](const auto* from, std::int64_t count) {
+      std::vector<std::decay_t<decltype(*from)>> x(static_cast<std::size_t>(count));
+      require(cudaMemcpy(x.data(), from, x.size() * sizeof(*from), cudaMemcpyDeviceToHost));
+      return x;
+    };
+    auto tensors = host(data_.data(), 2 * values_);
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(code_bytes()), 0xff);
+    pk::input_view<4> k = keys(0), v = values(0);
+    k.data = tensors.data(), v.data = tensors.data() + values_;
+    pk::device_report report{};
+    require(pk::reference::compress(k, v, nullptr, parameters, pages(codes.data(), 0), table(), report));
+    compress(0, nullptr);
+    require(cudaDeviceSynchronize());
+    const bool same_codes = host(pool_.data(), code_bytes()) == codes;
+    decompress(0, nullptr);
+    require(cudaDeviceSynchronize());
+    const auto out = [](const pk::input_view<4>& in) {
+      return pk::make_output<4>(const_cast<void*>(in.data), in.type,
+                                {in.extent[0], in.extent[1], in.extent[2], in.extent[3]});
+    };
+    require(pk::reference::decompress(pages(codes.data(), 0), table(), nullptr, parameters, out(k), out(v), report));
+    if (same_codes && host(data_.data(), 2 * values_) == tensors) return;
+    std::fprintf(stderr, "WRONG RESULT: %s differs from the reference\n", same_codes ? "decompress" : "compress");
+    std::exit(1);
+  }
+
+ private:
+  pk::input_view<4> tensor(std::int64_t begin) const {
+    return pk::make_input<4>(data_.data() + begin, pk::dtype::float16, {batch_, kv_heads, tokens_, dim});
+  }
+  pk::input_view<4> keys(int copy) const { return tensor(2 * values_ * copy); }
+  pk::input_view<4> values(int copy) const { return tensor(2 * values_ * copy + values_); }
+  pk::page_table table() const {
+    pk::page_table t;
+    t.row_stride = 1;
+    return t;
+  }
+  pk::pages_view pages(std::uint8_t* pool, int copy) const {
+    pk::pages_view p;
+    const int tiles = (tokens_ + 63) / 64;
+    p.key_data = pool + copy * code_bytes();
+    p.value_data = pool + copy * code_bytes() + tiles_ * Format::key_tile_bytes;
+    p.key_head_stride = std::int64_t{tiles} * Format::key_tile_bytes;
+    p.value_head_stride = std::int64_t{tiles} * Format::value_tile_bytes;
+    p.key_page_stride = kv_heads * p.key_head_stride;
+    p.value_page_stride = kv_heads * p.value_head_stride;
+    p.num_pages = batch_, p.kv_heads = kv_heads, p.tiles_per_page = tiles;
+    return p;
+  }
+
+  const int batch_, tokens_;
+  const std::int64_t values_, tiles_;
+  const pk::parameters<Format> parameters = {};
+
+ public:
+  const int copies;
+
+ private:
+  device_buffer<std::uint16_t> data_;
+  device_buffer<std::uint8_t> pool_;
+};
+
+/// Registers f(stream, copy) of a problem.
+template <class Format, class Call>
+void add(const std::string& name, int batch, int tokens, Call&& call) {
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& state) {
+                                 static bool checked = false;
+                                 if (!checked) problem<Format>(2, 1000).is_right();
+                                 checked = true;
+                                 const problem<Format> p(batch, tokens);
+                                 for (int i = 0; i < p.copies; ++i) p.compress(i, program.watch->stream());
+                                 device_buffer<uint4> sink(1);
+                                 timing::timed_call timed(*program.watch, p.copies, [&](int i) { call(p, i); });
+                                 const auto ceiling =
+                                     timing::read_ceiling(*program.watch, p.data(), p.half_bytes(), p.half_bytes(),
+                                                          p.copies, sink.data(), program.sms);
+                                 measured m;
+                                 m.name = name;
+                                 m.bytes = m.half_bytes = static_cast<double>(p.half_bytes());
+                                 m.coded_bytes = static_cast<double>(p.code_bytes());
+                                 m.values = static_cast<double>(p.values());
+                                 m.peer_note = "bytes: of 16-bit tensors";
+                                 for (auto _ : state) {
+                                   m.rounds = timing::time_calls({&timed, ceiling.get()});
+                                   m.graph = timed.graph(), m.single = timed.single(), m.ceiling = ceiling->graph();
+                                   state.SetIterationTime(m.graph.median * 1e-3);
+                                 }
+                                 to_counters(m, state);
+                                 results.push_back(m);
+                               })
+      ->Iterations(1)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+/// store_tokens of one new token of each of `count` sequences, in pages of 64 tokens, the slots of 48 steps.
+template <class Format>
+void add_store(const std::string& name, int count) {
+  benchmark::RegisterBenchmark(
+      name.c_str(),
+      [=](benchmark::State& state) {
+        constexpr int steps = 48, pages = 4096;
+        const std::int64_t values = std::int64_t{count} * kv_heads * dim;
+        constexpr std::int64_t page_bytes = kv_heads * (Format::key_tile_bytes + Format::value_tile_bytes);
+        device_buffer<std::uint16_t> data(2 * values * steps);
+        device_buffer<std::uint8_t> pool(pages * page_bytes);
+        device_buffer<std::int64_t> slots(steps * count);
+        random_cache_detail::fill_random<256><<<1024, 256>>>(data.data(), 2 * values * steps, 7u);
+        std::vector<std::int64_t> all;
+        for (int step = 0; step < steps; ++step)
+          for (int i = 0; i < count; ++i) all.push_back(std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64);
+        require(cudaMemcpy(slots.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
+        pk::pages_view p;
+        p.key_data = pool.data(), p.value_data = pool.data() + kv_heads * Format::key_tile_bytes;
+        p.key_page_stride = p.value_page_stride = page_bytes;
+        p.key_head_stride = Format::key_tile_bytes, p.value_head_stride = Format::value_tile_bytes;
+        p.num_pages = pages, p.kv_heads = kv_heads, p.tiles_per_page = 1;
+        const auto tokens = [&](std::int64_t begin) {
+          return pk::make_input<3>(data.data() + begin, pk::dtype::float16, {count, kv_heads, dim});
+        };
+        timing::timed_call timed(*program.watch, steps, [&](int i) {
+          require(pk::store_tokens(tokens(2 * values * i), tokens(2 * values * i + values), slots.data() + i * count,
+                                   pk::parameters<Format>{}, p, pk::exec{program.watch->stream()}));
+        });
+        for (auto _ : state) {
+          timing::time_calls({&timed});
+          state.SetIterationTime(timed.graph().median * 1e-3);
+        }
+        state.counters["ms"] = timed.graph().median;
+        state.counters["single_ms"] = timed.single().median;
+      })
+      ->Iterations(1)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+template <class Format>
+void add_format(const std::string& format) {
+  for (const auto& [name, batch, tokens] :
+       {std::tuple{"b1_4k", 1, 4096}, {"b1_128k", 1, 131072}, {"b8_32k", 8, 32768}}) {
+    add<Format>("compress/" + format + "/" + name, batch, tokens,
+                [](const problem<Format>& p, int i) { p.compress(i, program.watch->stream()); });
+    add<Format>("decompress/" + format + "/" + name, batch, tokens,
+                [](const problem<Format>& p, int i) { p.decompress(i, program.watch->stream()); });
+  }
+  for (const int count : {1, 64, 512}) add_store<Format>("store_tokens/" + format + "/" + std::to_string(count), count);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  add_format<two_bit>("two_bit");
+  add_format<four_bit>("four_bit");
+  add_format<untransformed>("untransformed");
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  cudaDeviceProp device{};
+  require(cudaGetDeviceProperties(&device, 0));
+  benchmark::AddCustomContext("device", device.name);
+  timing::stopwatch watch;
+  program = {&watch, device.multiProcessorCount};
+  benchmark::RunSpecifiedBenchmarks();
+  print_table(results);
+  return 0;
+}
