@@ -108,12 +108,13 @@ class tile_words {
   template <class F>
   __device__ static void for_planes(F&& f) {
     packkv::detail::for_constants<strips.count>([&](auto strip) {
-      constexpr int s = decltype(strip)::value, width = strips.width[s];
+      constexpr int s = decltype(strip)::value, width = strips.width[s], low_bits = width == 3 ? 2 : width,
+                    low = first_word(s, false), high = first_word(s, true);
       if constexpr (width > 0)
-        f(std::integral_constant < int, width == 3 ? 2 : width > {},
-          std::integral_constant<int, first_word(s, false)>{}, std::integral_constant<int, strips.low[s]>{});
+        f(std::integral_constant<int, low_bits>{}, std::integral_constant<int, low>{},
+          std::integral_constant<int, strips.low[s]>{});
       if constexpr (width == 3)
-        f(std::integral_constant<int, 1>{}, std::integral_constant<int, first_word(s, true)>{},
+        f(std::integral_constant<int, 1>{}, std::integral_constant<int, high>{},
           std::integral_constant<int, strips.high[s]>{});
     });
   }
@@ -140,7 +141,9 @@ class tile_words {
       });
   }
 
-  std::uint32_t part_[count > 0 ? count : 1] = {}, all_[count > 0 ? count : 1] = {};
+  static constexpr int size = count > 0 ? count : 1;
+  std::uint32_t part_[size] = {};
+  std::uint32_t all_[size] = {};
 };
 
 }  // namespace packkv::thread

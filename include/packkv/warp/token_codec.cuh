@@ -179,7 +179,10 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
     return encode_channel_groups<HeadDim>(spec, y, finite, token, tile, put_bits, flags);
   encode_plan_token<HeadDim>(
       spec, head, y, finite, token, tile,
-      [&](auto index) { return locate(spec.strips, token, detail::lane_id() + 32 * decltype(index)::value); },
+      [&](auto index) {
+        constexpr int i = decltype(index)::value;
+        return locate(spec.strips, token, detail::lane_id() + 32 * i);
+      },
       [&](const code_writes& all) {
         for (int w = 0; w < all.count; ++w) put_bits(all.write[w]);
       },
@@ -203,11 +206,12 @@ __device__ inline code_place place_in_plan(int token) {
     if (width == 3) place.high = field(std::integral_constant<int, 1>{}, strips.high[s]);
     return place;
   };
+  constexpr int next = 2 * Index + 1;  // strip
   if constexpr (strips.channels == 32)
     return in_strip(std::integral_constant<int, Index>{});
   else
-    return detail::lane_id() < 16 ? in_strip(std::integral_constant<int, 2 * Index>{})
-                                  : in_strip(std::integral_constant<int, 2 * Index + 1>{});
+    return detail::lane_id() < 16 ? in_strip(std::integral_constant<int, next - 1>{})
+                                  : in_strip(std::integral_constant<int, next>{});
 }
 
 /// Stores fields of code words of a tile whose other bits belong to others, who may store theirs at the same time.

@@ -53,9 +53,9 @@ struct token_octet {
   /// f(bits, first word of the plane, lowest bit in the code) of the planes of block Block, as integral constants.
   template <int Block, class F>
   __device__ static void for_planes(F&& f) {
-    constexpr int strip = 16 * Block / strips.channels, width = strips.width[strip];
+    constexpr int strip = 16 * Block / strips.channels, width = strips.width[strip], low_bits = width == 3 ? 2 : width;
     if constexpr (width > 0)
-      f(std::integral_constant < int, width == 3 ? 2 : width > {}, std::integral_constant<int, strips.low[strip]>{},
+      f(std::integral_constant<int, low_bits>{}, std::integral_constant<int, strips.low[strip]>{},
         std::integral_constant<int, 0>{});
     if constexpr (width == 3)
       f(std::integral_constant<int, 1>{}, std::integral_constant<int, strips.high[strip]>{},
