@@ -47,6 +47,16 @@ PACKKV_HOST_DEVICE inline float decode_code(const pack_codec& codec, const pack_
                                           : detail::add_rn(detail::mul_rn(static_cast<float>(code), s.scale), s.low);
 }
 
+/// x^ = code * scale + offset, with the integer zero point in the offset; in double, where the product is exact.
+struct pack_affine {
+  double scale = 0.0, offset = 0.0;
+};
+PACKKV_HOST_DEVICE inline pack_affine make_pack_affine(const pack_codec& codec, const pack_step& s) {
+  if (!(s.scale > 0.0f)) return {0.0, static_cast<double>(s.low)};
+  const double scale = static_cast<double>(s.scale);
+  return {scale, codec.zero == pack_zero::integer ? scale * static_cast<double>(s.zero) : static_cast<double>(s.low)};
+}
+
 /// The value of a stored range's bits.
 PACKKV_HOST_DEVICE inline float range_value(dtype element, std::uint16_t bits) {
   return element == dtype::float16 ? half_to_float(bits) : bfloat16_to_float(bits);

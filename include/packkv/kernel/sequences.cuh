@@ -52,15 +52,16 @@ struct sequence_args {
   std::int64_t chunks;
 };
 
-/// Coordinates of a block: grid = units * splits, a unit being (batch row, KV head, decode_rows query rows). Row r is
-/// query r / group of query head r % group of the KV head.
-struct sequence_unit {
-  static constexpr int rows = policy::decode_rows;
+/// Coordinates of a block: grid = units * splits, a unit being (batch row, KV head, Rows query rows). Row r is query
+/// r / group of query head r % group of the KV head.
+template <int Rows>
+struct sequence_rows {
+  static constexpr int rows = Rows;
   const sequence_args& a;
   std::int64_t unit, b, first_row, group;
   int split, head;
 
-  __device__ explicit sequence_unit(const sequence_args& args) : a(args) {
+  __device__ explicit sequence_rows(const sequence_args& args) : a(args) {
     split = static_cast<int>(blockIdx.x % a.splits);
     unit = blockIdx.x / a.splits;
     first_row = unit % a.chunks * rows;
@@ -96,6 +97,8 @@ struct sequence_unit {
     }
   }
 };
+
+using sequence_unit = sequence_rows<policy::decode_rows>;
 
 /// out[.., t] = scale * in . k^[t] for the tokens of a source. Blocks of decode_warps warps.
 template <int HeadDim, class Source>

@@ -16,16 +16,9 @@ namespace packkv::reference {
 
 namespace detail {
 
-/// x^ = code * scale + offset.
-struct affine_step {
-  double scale = 0.0, offset = 0.0;
-};
-
-inline affine_step affine_of(const pack_format& f, const pack_codec& codec, const pack_range& range) {
-  const pack_step s = make_pack_step(codec, range_value(f.element, range.low), range_value(f.element, range.high));
-  const double scale = static_cast<double>(s.scale);
-  if (!(s.scale > 0.0f)) return {0.0, static_cast<double>(s.low)};
-  return {scale, codec.zero == pack_zero::integer ? scale * static_cast<double>(s.zero) : static_cast<double>(s.low)};
+inline pack_affine affine_of(const pack_format& f, const pack_codec& codec, const pack_range& range) {
+  return make_pack_affine(
+      codec, make_pack_step(codec, range_value(f.element, range.low), range_value(f.element, range.high)));
 }
 
 /// The codes and steps of one tile of checked packs.
@@ -41,7 +34,7 @@ class unpacked_tile {
   bool by_channel() const { return codec_.granularity == pack_granularity::channel; }
   const std::uint8_t* codes(int slot) const { return codes_.data() + slot * codec_.head_dim; }
   /// Step of a slot or, by_channel(), of a channel.
-  const affine_step& step(int i) const { return steps_[static_cast<std::size_t>(i)]; }
+  const pack_affine& step(int i) const { return steps_[static_cast<std::size_t>(i)]; }
   int head_dim() const { return codec_.head_dim; }
 
   void load(const packs_view& packs, std::int64_t block, int b, int head) {
@@ -60,7 +53,7 @@ class unpacked_tile {
   side which_;
   const pack_codec& codec_;
   std::vector<std::uint8_t> codes_;  ///< [64][D]
-  std::vector<affine_step> steps_;
+  std::vector<pack_affine> steps_;
 };
 
 /// scores[slot] = q . k^[slot] for the 64 slots of a tile; q [D].

@@ -62,25 +62,11 @@ class tile_ring {
   /// are not released. The pieces together are at most stage_bytes, and the first is not empty. `tag` comes back with
   /// them. Where the pieces lie and the tag need only be right in lane `lane`.
   __device__ void request(copy_source first, copy_source second = {}, std::int32_t tag = 0, int lane = 0) {
-    std::uint8_t* const to = buffers_ + requested_.stage * stage_bytes_;
-    if (detail::lane_id() == lane) {
-      storage_.tag[requested_.stage] = tag;
-      if constexpr (Engine == copy_engine::bulk) {
-        detail::mbarrier& full = storage_.full[requested_.stage];
-        full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
-        detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
-        if (second.bytes > 0)
-          detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
-      }
-    }
-    if constexpr (Engine == copy_engine::per_thread) {
-      copy(to, first, lane);
-      copy(to + first.bytes, second, lane);
-      detail::commit_copies();
-    }
-    requested_.next();
-    ++waiting_;
+    start(buffers_ + requested_.stage * stage_bytes_, first, second, tag, lane);
   }
+  /// The same of one piece to a place of the caller's choice, 16-byte aligned, where nothing lies that has been
+  /// requested and not released. For pieces of many sizes: what wait() returns is of no use then.
+  __device__ void request_to(std::uint8_t* to, copy_source piece, int lane = 0) { start(to, piece, {}, 0, lane); }
 
   /// The oldest requested tile that has not been released, when it is there.
   __device__ const std::uint8_t* wait() {
@@ -115,6 +101,26 @@ class tile_ring {
       }
     }
   };
+
+  __device__ void start(std::uint8_t* to, copy_source first, copy_source second, std::int32_t tag, int lane) {
+    if (detail::lane_id() == lane) {
+      storage_.tag[requested_.stage] = tag;
+      if constexpr (Engine == copy_engine::bulk) {
+        detail::mbarrier& full = storage_.full[requested_.stage];
+        full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
+        detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
+        if (second.bytes > 0)
+          detail::bulk_copy(to + first.bytes, second.data, static_cast<unsigned>(second.bytes), full);
+      }
+    }
+    if constexpr (Engine == copy_engine::per_thread) {
+      copy(to, first, lane);
+      copy(to + first.bytes, second, lane);
+      detail::commit_copies();
+    }
+    requested_.next();
+    ++waiting_;
+  }
 
   __device__ static void copy(std::uint8_t* to, copy_source from, int lane) {
     if (from.bytes == 0) return;

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the kernels that unpack packs of 16 tokens (kernel/pack_gemv.cuh), and which packs take them.
+#pragma once
+
+#include <packkv/device/sequences.cuh>
+#include <packkv/kernel/pack_gemv.cuh>
+
+namespace packkv::detail {
+
+/// Packs of 16 tokens and steps of a token or a vector, up to 256 channels: what the kernels unpack. All others take
+/// the general kernels: a step of a channel would multiply queries and sums, not weights, and other pack sizes have
+/// fields of other lengths.
+template <int HeadDim>
+bool takes_pack_kernels(const pack_format& f, side which) {
+  const pack_granularity g = f.codec(which).granularity;
+  return HeadDim <= 256 && f.pack_size == 16 && (g == pack_granularity::token || g == pack_granularity::vector);
+}
+
+/// Grid of a kernel for `Rows` rows of a unit and blocks of this shape: changes the arguments that the general kernels
+/// would get. Refuses more blocks than a grid has.
+inline status make_pack_grid(int rows, const policy::pack_shape& shape, std::int64_t most, kernel::sequence_args& a,
+                             std::int64_t& blocks) {
+  a.chunks = ceil_div<std::int64_t>(a.in.extent[1] / a.kv_heads * a.in.extent[2], rows);
+  const checked units = checked(a.in.extent[0]) * a.kv_heads * a.chunks;
+  a.splits = policy::pack_splits(units.value(), a.tokens / tile_tokens, shape, most);
+  const checked all = units * a.splits;
+  if (!all.valid() || all.value() > max_count)
+    return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
+  blocks = all.value();
+  return {};
+}
+
+template <class... Parameter>
+status launch_pack_kernel(void (*kernel)(Parameter...), std::int64_t blocks, const policy::pack_shape& shape,
+                          cudaStream_t stream, Parameter... parameter) {
+  int architecture = 0;
+  if (const status s = compiled_architecture(kernel, architecture); !s) return s;
+  return launch(kernel, grid_for(blocks),
+                block_size(shape.warps * warp_threads, shape.shared_bytes, architecture >= 900), stream, parameter...);
+}
+
+template <int HeadDim, int Rows>
+status launch_pack_key_rows(const warp::pack_source& source, kernel::sequence_args a, cudaStream_t stream) {
+  constexpr warp::copy_engine engine = warp::copy_engine::best;
+  constexpr policy::pack_shape shape = kernel::pack_key_warp<HeadDim, engine>::shape();
+  std::int64_t blocks = 0;
+  if (const status s = make_pack_grid(Rows, shape, a.tokens / tile_tokens, a, blocks); !s) return s;
+  return launch_pack_kernel(kernel::pack_key_gemv<HeadDim, Rows, engine>, blocks, shape, stream, source, a);
+}
+
+/// As launch_sequence_key_gemv, for packs that take_pack_kernels.
+template <int HeadDim>
+status launch_pack_key_gemv(const warp::pack_source& source, const input_view<4>& queries, std::int64_t kv_heads,
+                            float scale, const output_view<4>& scores, const exec& e) {
+  policy::decode_grid grid;
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(queries, scores, kv_heads, source.coded_tokens(), exec{}, a, grid); !s)
+    return s;
+  if (grid.units == 0 || a.tokens == 0) return {};
+  a.scale = scale;
+  a.report = e.report;
+  if (policy::pack_key_rows(queries.extent[1] / kv_heads) == 2)
+    return launch_pack_key_rows<HeadDim, 2>(source, a, e.stream);
+  return launch_pack_key_rows<HeadDim, 4>(source, a, e.stream);
+}
+
+template <int HeadDim, int Rows>
+status launch_pack_value_rows(const warp::pack_source& source, std::int32_t most_splits, kernel::sequence_args a,
+                              cudaStream_t stream) {
+  constexpr warp::copy_engine engine = warp::copy_engine::best;
+  constexpr policy::pack_shape shape = kernel::pack_value_warp<HeadDim, Rows, engine>::shape();
+  static_assert(Rows <= policy::decode_rows, "parts of sums fit where the general kernel's rows do");
+  std::int64_t blocks = 0;
+  if (const status s = make_pack_grid(Rows, shape, most_splits, a, blocks); !s) return s;
+  return launch_pack_kernel(kernel::pack_value_gemv<HeadDim, Rows, engine>, blocks, shape, stream, source, a);
+}
+
+/// As launch_sequence_value_gemv, for packs that take_pack_kernels, with the same workspace.
+template <int HeadDim>
+status launch_pack_value_gemv(const warp::pack_source& source, const input_view<4>& weights, std::int64_t kv_heads,
+                              const output_view<4>& out, const exec& e) {
+  policy::decode_grid grid;
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(weights, out, kv_heads, source.coded_tokens(), e, a, grid); !s) return s;
+  if (grid.units == 0) return {};
+  if (const status s = check_grid<HeadDim>(grid, e); !s) return s;
+  if constexpr (HeadDim <= 128)
+    if (policy::pack_value_rows(weights.extent[1] / kv_heads, HeadDim) == 4)
+      return launch_pack_value_rows<HeadDim, 4>(source, grid.splits, a, e.stream);
+  return launch_pack_value_rows<HeadDim, 2>(source, grid.splits, a, e.stream);
+}
+
+}  // namespace packkv::detail

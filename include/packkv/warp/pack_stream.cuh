@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of packs that a warp has to visit, brought into shared memory ahead of their use.
+// One idea: tiles differ in size, so they lie one behind the other in a circle of bytes that holds the largest tile,
+// and usually several.
+//   pack_stream<bytes, Engine> stream(storage, buffer, packs, number, step, count);   stream.start();
+//   while (stream.next(tile, size)) { use it; stream.release(); }
+#pragma once
+
+#include <packkv/codec/pack_format.hpp>
+#include <packkv/warp/tile_ring.cuh>
+
+namespace packkv::warp {
+
+template <int Bytes, copy_engine Engine>
+class pack_stream {
+ public:
+  static constexpr int stages = 4;  ///< tiles under way or in use, at most
+  using ring_type = tile_ring<stages, resolved(Engine)>;
+  using temp_storage = typename ring_type::temp_storage;
+  static_assert(Bytes % 16 == 0, "tiles are multiples of 16 bytes");
+
+  /// The `count` tiles number, number + step, ... of `packs`, which must outlive the stream. `buffer`: Bytes of shared
+  /// memory of this warp, 16-byte aligned. All lanes take part, here and below.
+  __device__ pack_stream(temp_storage& storage, std::uint8_t* buffer, const const_pack_side& packs, std::int64_t number,
+                         std::int64_t step, int count)
+      : ring_(storage, buffer, 0), buffer_(buffer), packs_(packs), number_(number), step_(step), count_(count) {}
+  /// Starts to fetch.
+  __device__ void start() {
+    while (request()) {
+    }
+  }
+
+  /// Waits for the next tile; false if there is none. `tile` is null if the offsets of the tile, or its size, are not
+  /// what they can be; otherwise `bytes`, a multiple of 16, at least 16, lie there.
+  __device__ bool next(const std::uint8_t*& tile, int& bytes) {
+    if (current_ == count_) return false;
+    bytes = packkv::detail::shuffle(bytes_, current_ % packkv::detail::warp_threads);
+    tile = nullptr;
+    if (bytes == 0) return true;
+    (void)ring_.wait();
+    tile = buffer_ + packkv::detail::shuffle(place_, current_ % packkv::detail::warp_threads);
+    return true;
+  }
+  /// All lanes have read that tile.
+  __device__ void release() {
+    const int lane = current_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
+    if (bytes > 0) {
+      tail_ = packkv::detail::shuffle(place_, lane) + bytes;
+      ring_.release();
+    }
+    ++current_;
+    start();
+  }
+
+ private:
+  static constexpr int look_ahead = 16;  ///< half a warp: the other half's lanes know tiles that are not yet released
+
+  /// Requests the next tile; false if there is none, or no room.
+  __device__ bool request() {
+    if (requested_ == count_ || requested_ == current_ + stages) return false;
+    if (requested_ == known_) look_up();
+    const int lane = requested_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
+    if (bytes > 0) {
+      const int place = room_for(bytes);
+      if (place < 0) return false;
+      if (packkv::detail::lane_id() == lane) place_ = place;
+      ring_.request_to(buffer_ + place, {packs_.data + begin_, bytes}, lane);
+      head_ = place + bytes;
+    }
+    ++requested_;
+    return true;
+  }
+  /// Where so many bytes are free, or -1. The bytes from tail to head, around the end of the buffer, are taken.
+  __device__ int room_for(int bytes) {
+    if (ring_.waiting() == 0) head_ = tail_ = 0;
+    if (head_ > tail_ || ring_.waiting() == 0) {
+      if (Bytes - head_ >= bytes) return head_;
+      return bytes <= tail_ ? 0 : -1;
+    }
+    return bytes <= tail_ - head_ ? head_ : -1;
+  }
+  /// Finds where the next tiles lie, a lane each.
+  __device__ void look_up() {
+    const int lane = packkv::detail::lane_id();
+    if (lane / look_ahead == known_ / look_ahead % 2) {
+      const int index = known_ + lane % look_ahead;
+      bytes_ = 0;
+      if (index < count_) {
+        const std::int64_t* const offset = packs_.offsets + number_ + index * step_;
+        const std::int64_t begin = offset[0], end = offset[1];
+        if (begin >= 0 && begin % 16 == 0 && end % 16 == 0 && end > begin && end <= packs_.size &&
+            end - begin <= Bytes) {
+          begin_ = begin;
+          bytes_ = static_cast<int>(end - begin);
+        }
+      }
+    }
+    known_ += look_ahead;
+  }
+
+  ring_type ring_;
+  std::uint8_t* buffer_;
+  const const_pack_side& packs_;
+  std::int64_t number_, step_;
+  std::int64_t begin_ = 0;           ///< of the lane's tile: that with its number, modulo 32, among those looked up
+  int bytes_ = 0, place_ = 0;        ///< the same; 0 bytes: there is no such tile
+  int count_, known_ = 0;            ///< tiles; looked up
+  int current_ = 0, requested_ = 0;  ///< of the tiles, the first that has not been released, or requested
+  int head_ = 0, tail_ = 0;
+};
+
+}  // namespace packkv::warp
