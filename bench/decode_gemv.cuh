@@ -222,7 +222,9 @@ class packed_gemv {
     const auto& pages = cache_.view(0).pages;
     return static_cast<const std::uint8_t*>(p_.keys() ? pages.key_data : pages.value_data);
   }
-  const decode_cache<Format>& cache() const { return cache_; }
+  std::int64_t bytes() const { return side_bytes(p_); }
+  std::int64_t copy_stride() const { return cache_.copy_stride(); }
+  int copies() const { return cache_.copies; }
 
   /// Against plain products with what packkv::decompress makes of the same pages. \return the largest error of a head
   double is_right() const {
@@ -259,19 +261,20 @@ class packed_gemv {
   device_buffer<std::uint8_t> workspace_;
 };
 
-template <class Format>
-measured measure(timing::stopwatch& watch, int sms, const problem& p) {
-  const packed_gemv<Format> ours(p);
+/// Times `ours` beside the read ceiling and the fastest cuBLAS call, once its result has been checked. Ours is like
+/// packed_gemv.
+template <class Ours>
+measured measure_beside_cublas(timing::stopwatch& watch, int sms, const problem& p, const Ours& ours) {
   cublas_peer cublas(watch, p);
   measured m;
   m.error = ours.is_right();
-  m.bytes = m.coded_bytes = static_cast<double>(ours.side_bytes(p));
+  m.bytes = m.coded_bytes = static_cast<double>(ours.bytes());
   m.values = static_cast<double>(p.tokens * p.hidden());
   m.half_bytes = static_cast<double>(cublas.copy_bytes);
   device_buffer<uint4> sink(1);
-  timing::timed_call call(watch, ours.cache().copies, [&](int i) { ours.run(i, watch.stream()); });
-  const auto ceiling = timing::read_ceiling(watch, ours.data(), ours.side_bytes(p), ours.cache().copy_stride(),
-                                            ours.cache().copies, sink.data(), sms);
+  timing::timed_call call(watch, ours.copies(), [&](int i) { ours.run(i, watch.stream()); });
+  const auto ceiling =
+      timing::read_ceiling(watch, ours.data(), ours.bytes(), ours.copy_stride(), ours.copies(), sink.data(), sms);
   const auto peer = cublas.fastest(m.peer_note);
   const auto peer_ceiling =
       timing::read_ceiling(watch, cublas.data(), cublas.copy_bytes, cublas.copy_bytes, cublas.copies, sink.data(), sms);
@@ -279,6 +282,11 @@ measured measure(timing::stopwatch& watch, int sms, const problem& p) {
   m.graph = call.graph(), m.single = call.single(), m.ceiling = ceiling->graph();
   m.peer = peer->graph(), m.peer_single = peer->single(), m.peer_ceiling = peer_ceiling->graph();
   return m;
+}
+
+template <class Format>
+measured measure(timing::stopwatch& watch, int sms, const problem& p) {
+  return measure_beside_cublas(watch, sms, p, packed_gemv<Format>(p));
 }
 
 }  // namespace gemv
