@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bits and bytes of 32-bit registers, one instruction each on a GPU.
-//   x = permute_bytes<0x6420>(a, b);   x = funnel_shift_right(low, high, 16 * odd);   y = spread_fields(x, 3);
+//   x = permute_bytes<0x6420>(a, b);   x = funnel_shift_right(low, high, 16 * odd);   y = field_spreader(3)(x);
 #pragma once
 
 #include <packkv/detail/cuda.cuh>
@@ -45,13 +45,23 @@ __device__ inline std::uint32_t add_bytes(std::uint32_t a, std::uint32_t b) {
   return ((a & 0x7f7f7f7fu) + (b & 0x7f7f7f7fu)) ^ ((a ^ b) & 0x80808080u);
 }
 
-/// Four times the byte (1 << bits) - 1, 0 <= bits <= 8.
-__device__ inline std::uint32_t byte_mask(std::uint32_t bits) { return ((1u << bits) - 1u) * 0x01010101u; }
+/// Turns four fields of `bits` <= 8 bits each into four bytes. What depends on `bits` alone is made once.
+class field_spreader {
+ public:
+  field_spreader() = default;
+  /// Keeps the first `count` fields; the bytes of the others are 0.
+  __device__ explicit field_spreader(std::uint32_t bits, int count = 4)
+      : by_ones_(0x100u >> bits),
+        mask_(((1u << bits) - 1u) * (count == 4 ? 0x01010101u : 0x00010101u >> (8 * (3 - count)))) {}
+  /// The fields at the low end of x; what lies above them does not matter.
+  __device__ std::uint32_t operator()(std::uint32_t x) const {
+    // Two fields to a half, then one to a byte. Shifts to the left are products, which take other units.
+    const std::uint32_t halves = permute_bytes(x, x * (by_ones_ * by_ones_), 0x7610);
+    return permute_bytes(halves, halves * by_ones_, 0x7250) & mask_;
+  }
 
-/// The four fields of `bits` <= 8 bits at the low end of x, a byte each; what lies above them in x does not matter.
-__device__ inline std::uint32_t spread_fields(std::uint32_t x, std::uint32_t bits) {
-  const std::uint32_t halves = permute_bytes(x, x << (16 - 2 * bits), 0x7610);
-  return permute_bytes(halves, halves << (8 - bits), 0x7250) & byte_mask(bits);
-}
+ private:
+  std::uint32_t by_ones_, mask_;
+};
 
 }  // namespace packkv::detail

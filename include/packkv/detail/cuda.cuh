@@ -80,6 +80,21 @@ __device__ inline T warp_prefix_sum(T x, call_site where = call_site::here()) {
   }
   return x;
 }
+/// The same of 32-bit integers, two instructions a step.
+__device__ inline std::uint32_t warp_prefix_sum(std::uint32_t x, [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return warp_prefix_sum<std::uint32_t>(x, where);
+#else
+  for (int d = 1; d < warp_threads; d *= 2)
+    asm volatile(
+        "{\n.reg .u32 below;\n.reg .pred there;\n"
+        "shfl.sync.up.b32 below|there,%0,%1,0,-1;\n"
+        "@there add.u32 %0,%0,below;\n}"
+        : "+r"(x)
+        : "r"(d));
+  return x;
+#endif
+}
 
 /// 2^x as the hardware computes it (two units in the last place; 2^-inf = 0).
 __device__ inline float exp2_approx(float x) { return exp2f(x); }

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integers of 31 bits as four signed bytes, for products of bytes by matrix instructions whose sums are exact.
 // One idea: x = l0 + 256 l1 + 65536 l2 + 2^24 l3 with -128 <= l < 128; each limb is a column of the operand B.
-//   w = to_limbs(x);   b = limb_of(w, 2);   total = total_of_limbs<true>(d);
+//   w = to_limbs(x);   b = limb_of(w, 2);   total = total_of_limbs(d);
 #pragma once
 
 #include <packkv/detail/arith.hpp>
 #include <packkv/detail/bits.cuh>
-#include <type_traits>
 
 namespace packkv::detail {
 
@@ -23,15 +22,13 @@ __device__ inline std::uint32_t gather_limb(const bytes16& x, int which) {
 }
 
 /// The sums of products of which this lane has two limbs of two rows, as mma_u8s8 leaves them (fragment::c), and the
-/// lane beside it the other two: that of row lane / 4 in even lanes, of row lane / 4 + 8 in odd ones. With Small, sums
-/// of one limb are at most 2^22. All lanes take part.
-template <bool Small>
+/// lane beside it the other two: that of row lane / 4 in even lanes, of row lane / 4 + 8 in odd ones. All lanes take
+/// part.
 __device__ inline std::int64_t total_of_limbs(const std::int32_t (&d)[4]) {
-  using integer = std::conditional_t<Small, std::int32_t, std::int64_t>;
   const bool odd = lane_id() % 2 != 0;  // limbs 2 and 3
-  const integer first = integer{d[1]} * 256 + d[0], second = integer{d[3]} * 256 + d[2];
-  const integer own = odd ? second : first, other = shuffle_xor(odd ? first : second, 1);
-  return std::int64_t{odd ? own : other} * 65536 + (odd ? other : own);
+  const std::int64_t first = std::int64_t{d[1]} * 256 + d[0], second = std::int64_t{d[3]} * 256 + d[2];
+  const std::int64_t own = odd ? second : first, other = shuffle_xor(odd ? first : second, 1);
+  return (odd ? own : other) * 65536 + (odd ? other : own);
 }
 
 /// e such that |x| * 2^e < 2^bits for all |x| whose float bits are at most `largest`, finite; as large as that allows.

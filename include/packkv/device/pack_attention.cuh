@@ -94,7 +94,7 @@ status key_gemv(const pack_format& f, const packs_view& packs, const input_view<
   const output_view<4> out = with_one_query(scores);
   if (const status s = check_pack_operands(f, in, KeyDim, out, packs.blocks * tile_tokens); !s) return s;
   if constexpr (KeyDim <= 256)
-    if (takes_pack_kernels<KeyDim>(f, side::key))
+    if (takes_pack_kernels<KeyDim>(f, side::key, packs.blocks))
       return launch_pack_key_gemv<KeyDim>(pack_side_source(f, side::key, packs), in, f.kv_heads, scale, out, e);
   return launch_sequence_key_gemv<KeyDim>(pack_side_source(f, side::key, packs), in, f.kv_heads, scale, out, e);
 }
@@ -112,7 +112,7 @@ status value_gemv(const pack_format& f, const packs_view& packs, const input_vie
   const output_view<4> to = with_one_query(out);
   if (const status s = check_pack_operands(f, in, packs.blocks * tile_tokens, to, ValueDim); !s) return s;
   if constexpr (ValueDim <= 256)
-    if (takes_pack_kernels<ValueDim>(f, side::value))
+    if (takes_pack_kernels<ValueDim>(f, side::value, packs.blocks))
       return launch_pack_value_gemv<ValueDim>(pack_side_source(f, side::value, packs), in, f.kv_heads, to, e);
   return launch_sequence_value_gemv<ValueDim>(pack_side_source(f, side::value, packs), in, f.kv_heads, to, e);
 }

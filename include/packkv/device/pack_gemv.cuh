@@ -11,9 +11,10 @@ namespace packkv::detail {
 /// the general kernels: a step of a channel would multiply queries and sums, not weights, and other pack sizes have
 /// fields of other lengths.
 template <int HeadDim>
-bool takes_pack_kernels(const pack_format& f, side which) {
+bool takes_pack_kernels(const pack_format& f, side which, std::int64_t blocks) {
   const pack_granularity g = f.codec(which).granularity;
-  return HeadDim <= 256 && f.pack_size == 16 && (g == pack_granularity::token || g == pack_granularity::vector);
+  return HeadDim <= 256 && f.pack_size == 16 && blocks <= max_count &&
+         (g == pack_granularity::token || g == pack_granularity::vector);
 }
 
 /// Grid of a kernel for `Rows` rows of a unit and blocks of this shape: changes the arguments that the general kernels
@@ -42,7 +43,7 @@ status launch_pack_kernel(void (*kernel)(Parameter...), std::int64_t blocks, con
 template <int HeadDim, int Rows>
 status launch_pack_key_rows(const warp::pack_source& source, kernel::sequence_args a, cudaStream_t stream) {
   constexpr warp::copy_engine engine = warp::copy_engine::best;
-  constexpr policy::pack_shape shape = kernel::pack_key_warp<HeadDim, engine>::shape();
+  constexpr policy::pack_shape shape = kernel::pack_key_warp<HeadDim, Rows, engine>::shape();
   std::int64_t blocks = 0;
   if (const status s = make_pack_grid(Rows, shape, a.tokens / tile_tokens, a, blocks); !s) return s;
   return launch_pack_kernel(kernel::pack_key_gemv<HeadDim, Rows, engine>, blocks, shape, stream, source, a);

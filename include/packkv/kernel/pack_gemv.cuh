@@ -5,6 +5,8 @@
 #pragma once
 
 #include <packkv/block/part_merge.cuh>
+#include <packkv/block/work_split.cuh>
+#include <packkv/detail/approx.cuh>
 #include <packkv/kernel/sequences.cuh>
 #include <packkv/policy/pack_gemv.hpp>
 #include <packkv/warp/pack_key_scores.cuh>
@@ -19,10 +21,10 @@ template <int HeadDim, warp::copy_engine Engine>
 class pack_tiles {
  public:
   using codes_type = warp::pack_codes<HeadDim>;
-  using stream_type = warp::pack_stream<codes_type::max_tile_bytes, Engine>;
+  using stream_type = warp::pack_stream<codes_type::max_tile_bytes, codes_type::slack_bytes, Engine>;
   /// Of a warp, in dynamic shared memory; 16-byte aligned.
   struct buffer {
-    std::uint8_t tiles[codes_type::max_tile_bytes];
+    std::uint8_t tiles[stream_type::buffer_bytes];
     typename codes_type::group_codes codes;
   };
 
@@ -38,7 +40,7 @@ class pack_tiles {
         step_(step) {
     const pack_format& f = source.format;
     const std::int64_t ranges = range_count(f, source.which);
-    ranges_ = source.packs.ranges + (first * f.batch + b) * ranges +
+    ranges_ = reinterpret_cast<const std::uint32_t*>(source.packs.ranges) + (first * f.batch + b) * ranges +
               range_index(f.codec(source.which), head, packkv::detail::lane_id(), 0);
     range_step_ = step * std::int64_t{f.batch} * ranges;
     if (first < end) load_ranges();
@@ -54,9 +56,10 @@ class pack_tiles {
     good_ = tile != nullptr && codes_.open(tile, bytes);
     if (!good_) flags_ |= report_tile_damaged;
     for (int j = 0; j < 2; ++j) {
-      const dtype element = source_.format.element;
-      step_of_[j] = make_pack_step(source_.format.codec(source_.which), range_value(element, next_[j].low),
-                                   range_value(element, next_[j].high));
+      using namespace packkv::detail;
+      const two_floats range =
+          source_.format.element == dtype::float16 ? unpack_16bit<false>(next_[j]) : unpack_16bit<true>(next_[j]);
+      step_of_[j] = make_pack_step(source_.format.codec(source_.which), range.low, range.high);
     }
     // The next tile's ranges are on their way while this one is read.
     ranges_ += range_step_;
@@ -74,127 +77,125 @@ class pack_tiles {
 
  private:
   __device__ void load_ranges() {
-    next_[0] = ranges_[0];
-    next_[1] = ranges_[packkv::detail::warp_threads];
+    for (int j = 0; j < 2; ++j) next_[j] = ranges_[packkv::detail::warp_threads * j];
   }
 
   const warp::pack_source& source_;
   stream_type stream_;
   codes_type codes_;
-  const pack_range* ranges_;  ///< of the slots lane and lane + 32 of the tile that comes next
+  const std::uint32_t*
+      ranges_;  ///< of the slots lane and lane + 32 of the tile that comes next, low and high in a word
   std::int64_t range_step_, tile_, end_;
   int step_;
-  pack_range next_[2];
+  std::uint32_t next_[2];
   pack_step step_of_[2];
   std::uint32_t flags_ = 0;
   bool good_ = false;
 };
 
 /// Shared memory of a warp, and from that the shape of a block.
-template <int HeadDim, warp::copy_engine Engine>
+template <int HeadDim, int Rows, warp::copy_engine Engine>
 struct pack_key_warp {
   typename pack_tiles<HeadDim, Engine>::buffer tiles;
-  pack_affine steps[tile_tokens];
+  typename warp::pack_key_scores<HeadDim, Rows>::tile_sums sums;
   PACKKV_HOST_DEVICE static constexpr policy::pack_shape shape() {
-    return policy::make_pack_shape(sizeof(pack_key_warp));
+    return policy::make_pack_shape(sizeof(pack_key_warp), 2);
   }
 };
 template <int HeadDim, int Rows, warp::copy_engine Engine>
 struct pack_value_warp {
   typename pack_tiles<HeadDim, Engine>::buffer tiles;
-  typename warp::pack_value_sum<HeadDim, Rows>::temp_storage weights;
+  typename warp::pack_value_sum<HeadDim, Rows>::temp_storage sums;
   PACKKV_HOST_DEVICE static constexpr policy::pack_shape shape() {
-    return policy::make_pack_shape(sizeof(pack_value_warp));
+    return policy::make_pack_shape(sizeof(pack_value_warp), Rows * HeadDim);
+  }
+};
+
+/// Coordinates of a block: grid = units * splits, a unit being a batch row, a KV head and Rows of its query heads.
+template <int Rows>
+struct pack_unit {
+  std::int32_t number, split, b, head, first_head, rows;
+  std::int32_t begin, end;  ///< tiles of the split
+
+  __device__ explicit pack_unit(const sequence_args& a) {
+    const block::quotient of_grid(static_cast<std::int32_t>(blockIdx.x), a.splits);
+    const block::quotient of_head(of_grid.whole, static_cast<std::int32_t>(a.chunks));
+    const block::quotient of_batch(of_head.whole, a.kv_heads);
+    const block::quotient share(static_cast<std::int32_t>(a.tokens / tile_tokens), a.splits);
+    const auto group = block::quotient(static_cast<std::int32_t>(a.in.extent[1]), a.kv_heads).whole;
+    number = of_grid.whole;
+    split = of_grid.rest;
+    b = of_batch.whole;
+    head = of_batch.rest;
+    first_head = head * group + of_head.rest * Rows;
+    rows = min_of(Rows, group - of_head.rest * Rows);
+    begin = share.whole * split + min_of(split, share.rest);
+    end = begin + share.whole + (split < share.rest ? 1 : 0);
+  }
+  /// Address of element `i` of row r, in one of the tensors [batch, query_heads, 1, ..].
+  template <class Pointer>
+  __device__ auto address(const tensor_view<Pointer, 4>& x, int r, std::int64_t i) const {
+    return detail::address(x, b, first_head + min_of(r, rows - 1), 0, i);
   }
 };
 
 /// out[.., t] = scale * in . k^[t]. Grid: units of Rows rows, times splits.
 template <int HeadDim, int Rows, warp::copy_engine Engine>
-__global__ void __launch_bounds__(pack_key_warp<HeadDim, Engine>::shape().warps* detail::warp_threads,
-                                  pack_key_warp<HeadDim, Engine>::shape().blocks_per_sm)
+__global__ void __launch_bounds__(pack_key_warp<HeadDim, Rows, Engine>::shape().warps* detail::warp_threads,
+                                  pack_key_warp<HeadDim, Rows, Engine>::shape().blocks_per_sm)
     pack_key_gemv(const __grid_constant__ warp::pack_source source, const __grid_constant__ sequence_args a) {
   using namespace packkv::detail;
   using tiles_type = pack_tiles<HeadDim, Engine>;
   using keys_type = warp::pack_key_scores<HeadDim, Rows>;
-  using own_type = pack_key_warp<HeadDim, Engine>;
+  using own_type = pack_key_warp<HeadDim, Rows, Engine>;
   constexpr int warps = own_type::shape().warps;
   __shared__ typename keys_type::temp_storage queries;
   __shared__ typename tiles_type::stream_type::temp_storage streams[warps];
   own_type& own = reinterpret_cast<own_type*>(dynamic_shared())[warp_id()];
   wait_for_kernel_before();
-  const sequence_rows<Rows> unit(a);
-  const std::int64_t count = a.tokens / tile_tokens, end = count * (unit.split + 1) / a.splits;
-  tiles_type tiles(streams[warp_id()], own.tiles, source, unit.b, unit.head, count * unit.split / a.splits + warp_id(),
-                   end, warps);
+  const pack_unit<Rows> unit(a);
+  tiles_type tiles(streams[warp_id()], own.tiles, source, unit.b, unit.head, unit.begin + warp_id(), unit.end, warps);
   keys_type::prepare(
-      queries, [&](int r, int c) { return unit.load(r, c); }, a.scale, warp_id(), warps);
+      queries, [&](int r, int c) { return r < unit.rows ? load_element(unit.address(a.in, r, c), a.in.type) : 0.0f; },
+      a.scale, warp_id(), warps);
   __syncthreads();
   const keys_type keys(queries);
-  char* to[keys_type::passes];
-#pragma unroll
-  for (int p = 0; p < keys_type::passes; ++p) {
-    const int r = keys_type::row(p);
-    to[p] = unit.row_exists(r)
-                ? static_cast<char*>(address(a.out, unit.b, unit.query_head(r), unit.query(r), keys_type::slot()))
-                : nullptr;
-  }
-  constexpr int group_slots = tiles_type::codes_type::pack_size;
-  const std::int64_t group_stride = group_slots * a.out.stride[3];
   while (tiles.next()) {
-    std::int64_t at = tiles.tile() * tile_tokens * a.out.stride[3];
-    if (tiles.good())
-      for (int j = 0; j < 2; ++j)
-        own.steps[lane_id() + warp_threads * j] = make_pack_affine(source.format.codec(source.which), tiles.steps()[j]);
+    if (tiles.good()) {
 #pragma unroll 1
-    for (int g = 0; g < tiles_type::codes_type::groups; ++g, at += group_stride) {
-      float score[keys_type::passes];
-      if (tiles.good()) {
+      for (int g = 0; g < tiles_type::codes_type::groups; ++g) {
         std::int32_t sums[keys_type::passes][4];
         tiles.codes().unpack(own.tiles.codes);
         __syncwarp();
         keys.compute(own.tiles.codes, sums);
+        keys_type::keep(own.sums, g, sums);
         __syncwarp();  // before the codes of the next group
-        const pack_affine step = own.steps[group_slots * g + keys_type::slot()];
-#pragma unroll
-        for (int p = 0; p < keys_type::passes; ++p) score[p] = keys_type::score(queries, p, sums[p], step);
-      } else {
-#pragma unroll
-        for (int p = 0; p < keys_type::passes; ++p) score[p] = nan_float();
       }
+    }
+    for (int j = 0; j < 2; ++j) {
+      const int slot = lane_id() + warp_threads * j;
+      const pack_affine step = make_pack_affine(source.format.codec(source.which), tiles.steps()[j]);
 #pragma unroll
-      for (int p = 0; p < keys_type::passes; ++p)
-        if (to[p] != nullptr) store_element(to[p] + at, a.out.type, score[p]);
+      for (int r = 0; r < Rows; ++r)
+        if (r < unit.rows)
+          store_element(unit.address(a.out, r, tiles.tile() * tile_tokens + slot), a.out.type,
+                        tiles.good() ? keys_type::score(queries, own.sums, r, slot, step) : nan_float());
     }
     tiles.release();
   }
   detail::add_report(a.report, lane_id() == 0 ? tiles.flags() : 0u, 0);
 }
 
-/// Adds up what the warps of a block have in `parts`, stride floats apart, and what the splits of a unit have; then
-/// write(i, sum) for i < count, in the last block of the unit. Ends with the order of summation fixed.
+/// write(i, sum) for i < count of the sums over `number` parts in global memory that other blocks have written, always
+/// in the same order. Scratch: max(Threads, count) floats of shared memory that nobody reads any more.
 template <int Threads, class Write>
-__device__ inline void finish_sums(const float* parts, int stride, int warps, int count, const sequence_args& a,
-                                   std::int64_t unit, int split, int part_floats, float* scratch, Write&& write) {
-  using namespace packkv::detail;
-  __shared__ bool last;
-  float* const rows = a.splits > 1 ? a.storage.rows + unit * a.splits * part_floats : nullptr;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += Threads) {
-    float sum = 0.0f;
-    for (int w = 0; w < warps; ++w) sum += parts[w * stride + i];
-    if (a.splits > 1)
-      rows[static_cast<std::int64_t>(split) * part_floats + i] = sum;
-    else
-      write(i, sum);
-  }
-  if (a.splits == 1 || !block::last_to_arrive(a.storage.counters + unit, static_cast<unsigned>(a.splits - 1), last))
-    return;
-  // As many slices of the splits as there are threads for.
-  const int slices = max_of(1, Threads / count);
+__device__ inline void sum_parts(const float* parts, int part_floats, int number, int count, float* scratch,
+                                 Write&& write) {
+  const int slices = max_of(1, Threads / count);  // of the parts, as many as there are threads for
   for (int i = static_cast<int>(threadIdx.x); i < count * slices; i += Threads) {
     float sum = 0.0f;
 #pragma unroll 8
-    for (int s = i / count; s < a.splits; s += slices)
-      sum += load_fresh(rows + static_cast<std::int64_t>(s) * part_floats + i % count);
+    for (int p = i / count; p < number; p += slices) sum += detail::load_fresh(parts + p * part_floats + i % count);
     scratch[i] = sum;
   }
   __syncthreads();
@@ -215,58 +216,62 @@ __global__ void __launch_bounds__(pack_value_warp<HeadDim, Rows, Engine>::shape(
   using own_type = pack_value_warp<HeadDim, Rows, Engine>;
   constexpr int warps = own_type::shape().warps;
   __shared__ typename tiles_type::stream_type::temp_storage streams[warps];
+  __shared__ bool last;
   auto* const all = reinterpret_cast<own_type*>(dynamic_shared());
   own_type& own = all[warp_id()];
   wait_for_kernel_before();
-  const sequence_rows<Rows> unit(a);
-  const int rows = static_cast<int>(min_of<std::int64_t>(Rows, unit.group * a.in.extent[2] - unit.first_row));
-  const std::int64_t count = a.tokens / tile_tokens, end = count * (unit.split + 1) / a.splits;
-  const std::int64_t begin = count * unit.split / a.splits + warp_id();
+  const pack_unit<Rows> unit(a);
   const bool integer_zero = source.format.codec(source.which).zero == pack_zero::integer;
-  const char* from[Rows];
-#pragma unroll
-  for (int r = 0; r < Rows; ++r)
-    from[r] = static_cast<const char*>(
-        address(a.in, unit.b, unit.query_head(min_of(r, rows - 1)), unit.query(min_of(r, rows - 1)), lane_id()));
   float next[2][Rows];
   const auto load = [&](std::int64_t tile) {
-    const std::int64_t at = tile * tile_tokens * a.in.stride[3];
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int r = 0; r < Rows; ++r)
-        next[j][r] = r < rows ? load_element(from[r] + at + warp_threads * j * a.in.stride[3], a.in.type) : 0.0f;
+        next[j][r] =
+            r < unit.rows
+                ? load_element(unit.address(a.in, r, tile * tile_tokens + lane_id() + warp_threads * j), a.in.type)
+                : 0.0f;
   };
-  if (begin < end) load(begin);
-  tiles_type tiles(streams[warp_id()], own.tiles, source, unit.b, unit.head, begin, end, warps);
-  warp::pack_value_sum<HeadDim, Rows> sum;
+  if (unit.begin + warp_id() < unit.end) load(unit.begin + warp_id());
+  tiles_type tiles(streams[warp_id()], own.tiles, source, unit.b, unit.head, unit.begin + warp_id(), unit.end, warps);
+  warp::pack_value_sum<HeadDim, Rows> sum(own.sums);
   while (tiles.next()) {
     if (tiles.good())
-      sum.weigh(own.weights, next, tiles.steps(), integer_zero, rows);
+      sum.weigh(next, tiles.steps(), integer_zero, unit.rows);
     else
       sum.add_nan(next);
-    if (tiles.tile() + warps < end) load(tiles.tile() + warps);
+    if (tiles.tile() + warps < unit.end) load(tiles.tile() + warps);
     if (tiles.good()) {
 #pragma unroll 1
       for (int g = 0; g < tiles_type::codes_type::groups; ++g) {
         tiles.codes().unpack(own.tiles.codes);
         __syncwarp();  // the weights, too
-        sum.add(own.weights, g, own.tiles.codes);
+        sum.add(g, own.tiles.codes);
         __syncwarp();  // before the codes of the next group, and the weights of the next tile
       }
     }
     tiles.release();
   }
   sum.finish();
-  float* const part = reinterpret_cast<float*>(&own);
-  static_assert(sizeof(own_type) >= Rows * HeadDim * sizeof(float), "a part lies where the tiles were");
-  sum.write([&](int r, int c, float x) { part[r * HeadDim + c] = x; });
-  __syncthreads();
-  constexpr int stride = static_cast<int>(sizeof(own_type) / sizeof(float));
-  // Behind the first warp's part there is room: the parts of a block are joined before.
-  finish_sums<warps * warp_threads>(reinterpret_cast<const float*>(all), stride, warps, rows * HeadDim, a, unit.unit,
-                                    unit.split, Rows * HeadDim, reinterpret_cast<float*>(all),
-                                    [&](int i, float x) { unit.store(i / HeadDim, i % HeadDim, x); });
   detail::add_report(a.report, lane_id() == 0 ? tiles.flags() : 0u, 0);
+  __syncthreads();
+  constexpr int threads = warps * warp_threads, part = Rows * HeadDim;
+  const int count = unit.rows * HeadDim;
+  const auto store = [&](int i, float x) {
+    store_element(unit.address(a.out, i / HeadDim, i % HeadDim), a.out.type, x);
+  };
+  float* const parts = a.splits > 1 ? a.storage.rows + std::int64_t{unit.number} * a.splits * part : nullptr;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
+    float total = 0.0f;
+    for (int w = 0; w < warps; ++w) total += all[w].sums.sum[i / HeadDim][i % HeadDim];
+    if (a.splits > 1)
+      parts[unit.split * part + i] = total;
+    else
+      store(i, total);
+  }
+  if (a.splits > 1 &&
+      block::last_to_arrive(a.storage.counters + unit.number, static_cast<unsigned>(a.splits - 1), last))
+    sum_parts<threads>(parts, part, a.splits, count, reinterpret_cast<float*>(dynamic_shared()), store);
 }
 
 }  // namespace packkv::kernel

@@ -36,50 +36,53 @@ class pack_codes {
   static constexpr int max_tile_bytes =
       pack_tile{pack_size, HeadDim, 8, 4}.tile_bytes(groups * (8 * HeadDim * pack_size / 32));
 
-  /// Takes a tile of `bytes` bytes, a multiple of 16 and at least 16, in shared memory, 16-byte aligned. False if it
-  /// contradicts itself (docs/format-packkv.md, end of section 4). All lanes take part, here and below, and get the
-  /// same answer. Nothing outside the tile is read, whatever it holds.
+  /// Bytes behind a tile that are read, too, and do not matter.
+  static constexpr int slack_bytes = 16;
+
+  /// Takes a tile of `bytes` bytes, a multiple of 16 and at least 16, in shared memory, 16-byte aligned, with
+  /// slack_bytes behind it. False if it contradicts itself (docs/format-packkv.md, end of section 4). All lanes take
+  /// part, here and below, and get the same answer. Nothing else is read, whatever the tile holds.
   __device__ bool open(const std::uint8_t* tile, int bytes) {
     using namespace packkv::detail;
     const auto* const words = reinterpret_cast<const std::uint32_t*>(tile);
-    const std::uint32_t header = words[0];
-    const pack_tile shape{pack_size, HeadDim, static_cast<int>(header & 0xffu), static_cast<int>(header >> 8 & 0xffu)};
-    if (shape.min_bits > 8 || shape.width_bits > 4 || header >> 16 != 0) return false;
+    const std::uint32_t header = words[0], min_bits = header & 0xffu, width_bits = header >> 8 & 0xffu;
+    const pack_tile shape{pack_size, HeadDim, static_cast<int>(min_bits), static_cast<int>(width_bits)};
+    if (min_bits > 8 || width_bits > 4 || header >> 16 != 0) return false;
     if (bytes < shape.payload_offset()) return false;
-    min_bits_ = header & 0xffu;
-    minima_ = words + shape.minima_offset() / 4;
+    minima_ = lane_fields(words + shape.minima_offset() / 4, min_bits);
     payload_ = words + shape.payload_offset() / 4;
-    group_ = 0;
 
     std::uint32_t above_8 = 0, above_4 = 0, sum[groups];
+    lane_fields widths(words + shape.widths_offset() / 4, width_bits);
 #pragma unroll
     for (int g = 0; g < groups; ++g) {
       sum[g] = 0;
 #pragma unroll
       for (int k = 0; k < chunks; ++k) {
-        const std::uint32_t w = read_fields(words + shape.widths_offset() / 4, g, k, header >> 8 & 0xffu);
+        const std::uint32_t w = widths.get(k);
         widths_[g][k] = w;
         sum[g] += (w * 0x01010101u) >> 24;
         above_8 |= w + 0x07070707u;  // a width has at most 4 bits; from 9 on the sum has bit 4
         above_4 |= w + 0x0b0b0b0bu;
       }
+      widths.next_group();
     }
     bool good = __any_sync(all_lanes, (above_8 & 0x10101010u) != 0 ? 1 : 0) == 0;
-    wide_ = __any_sync(all_lanes, (above_4 & 0x10101010u) != 0 ? 1 : 0) != 0 || min_bits_ == 8;
+    wide_ = __any_sync(all_lanes, (above_4 & 0x10101010u) != 0 ? 1 : 0) != 0 || min_bits == 8;
 
-    int begin = 0;
+    std::uint32_t begin = 0;
 #pragma unroll
     for (int i = 0; i < groups; i += 2) {  // two groups' sums in a word: each is at most 15 * 256
       const std::uint32_t own = sum[i] | sum[i + 1] << 16, end = warp_prefix_sum(own);
-      const std::uint32_t total = shuffle(end, warp_threads - 1), starts = words[1 + i / 2];
-      const int first = static_cast<int>(total & 0xffffu), second = static_cast<int>(total >> 16);
-      const int middle = begin + shape.group_words(first);
-      good = good && starts == (static_cast<std::uint32_t>(begin) | static_cast<std::uint32_t>(middle) << 16);
-      position_[i] = 2 * static_cast<std::uint32_t>(begin) + ((end - own) & 0xffffu);
-      position_[i + 1] = 2 * static_cast<std::uint32_t>(middle) + ((end - own) >> 16);
-      begin = middle + shape.group_words(second);
+      const std::uint32_t total = shuffle(end, warp_threads - 1);
+      // A group's words are its widths' sum in units of 16 bits, rounded up.
+      const std::uint32_t middle = begin + ((total & 0xffffu) + 1) / 2;
+      good = good && words[1 + i / 2] == (begin | middle << 16);
+      position_[i] = 2 * begin + ((end - own) & 0xffffu);
+      position_[i + 1] = 2 * middle + ((end - own) >> 16);
+      begin = middle + ((total >> 16) + 1) / 2;
     }
-    return good && bytes == shape.tile_bytes(begin);
+    return good && bytes == shape.tile_bytes(static_cast<int>(begin));
   }
 
   /// Leaves the codes of the next group in `to`: the groups come in order, once each. The caller orders this before and
@@ -89,7 +92,7 @@ class pack_codes {
       unpack_group<true>(to);
     else
       unpack_group<false>(to);
-    ++group_;
+    minima_.next_group();
 #pragma unroll
     for (int g = 0; g + 1 < groups; ++g) {  // registers have constant indices
       position_[g] = position_[g + 1];
@@ -101,18 +104,28 @@ class pack_codes {
  private:
   static constexpr int chunks = (lane_channels + 3) / 4;  ///< of up to four channels of a lane
 
-  /// The fields of the lane's channels 4 k .. 4 k + 3 of group g, a byte each; zero behind its last channel.
-  __device__ static std::uint32_t read_fields(const std::uint32_t* fields, int g, int k, std::uint32_t bits) {
-    using namespace packkv::detail;
-    const auto count = static_cast<std::uint32_t>(min_of(4, lane_channels - 4 * k));
-    const std::uint32_t position = static_cast<std::uint32_t>(g * HeadDim + lane_channels * lane_id() + 4 * k) * bits;
-    const std::uint32_t* const word = fields + position / 32;
-    std::uint32_t low = 0, high = 0;
-    if (bits > 0) low = word[0];
-    if (position % 32 + count * bits > 32) high = word[1];
-    const std::uint32_t x = spread_fields(funnel_shift_right_by_rest(low, high, position), bits);
-    return count == 4 ? x : x & ((1u << 8 * count) - 1u);
-  }
+  /// Fields of the lane's channels, group after group: as a group's are a whole number of words, only the word changes.
+  class lane_fields {
+   public:
+    lane_fields() = default;
+    __device__ lane_fields(const std::uint32_t* fields, std::uint32_t bits)
+        : position_(static_cast<std::uint32_t>(lane_channels * packkv::detail::lane_id()) * bits),
+          bits_(bits),
+          group_(fields) {}
+    /// The fields of channels 4 k .. 4 k + 3 of the lane, a byte each; 0 behind its last channel.
+    __device__ std::uint32_t get(int k) const {
+      using namespace packkv::detail;
+      const std::uint32_t position = position_ + 4 * static_cast<std::uint32_t>(k) * bits_;
+      const std::uint32_t* const word = group_ + position / 32;
+      return field_spreader(bits_,
+                            min_of(4, lane_channels - 4 * k))(funnel_shift_right_by_rest(word[0], word[1], position));
+    }
+    __device__ void next_group() { group_ += HeadDim / 32 * bits_; }
+
+   private:
+    std::uint32_t position_, bits_;  ///< of the lane's first field in a group
+    const std::uint32_t* group_;
+  };
 
   /// Wide: widths up to 8, and sums of a minimum and a field that may wrap; otherwise widths up to 4, sums below 256.
   template <bool Wide>
@@ -123,7 +136,7 @@ class pack_codes {
     for (int k = 0; k < chunks; ++k) {
       constexpr int most = lane_channels < 4 ? lane_channels : 4;
       const int count = min_of(most, lane_channels - 4 * k);
-      const std::uint32_t minima = read_fields(minima_, group_, k, min_bits_);
+      const std::uint32_t minima = minima_.get(k);
       std::uint32_t width[most];
       std::conditional_t<Wide, wide_pack, narrow_pack> words[most];
       // Everything is loaded before anything is stored: the compiler cannot know that it lies apart.
@@ -143,22 +156,17 @@ class pack_codes {
   }
 
   // The words of a pack, which begins `position` times 16 bits behind the payload's begin: in units of 16 bits, a pack
-  // is as long as it is wide. Words that hold nothing of it are not read.
+  // is as long as it is wide. As many words are read as a pack may take, because conditions would take longer.
 
   /// Up to 4 bits a field: 8 fields are at most a word.
   struct narrow_pack {
     std::uint32_t low, high;
 
-    __device__ void load(const std::uint32_t* payload, std::uint32_t position, std::uint32_t width) {
+    __device__ void load(const std::uint32_t* payload, std::uint32_t position, std::uint32_t) {
       using namespace packkv::detail;
       const std::uint32_t* const word = payload + position / 2;
-      const std::uint32_t end = position % 2 + width;
-      std::uint32_t w[3] = {0, 0, 0};
-#pragma unroll
-      for (std::uint32_t i = 0; i < 3; ++i)
-        if (end > 2 * i) w[i] = word[i];
-      low = funnel_shift_right_by_rest(w[0], w[1], 16 * position);
-      high = funnel_shift_right_by_rest(w[1], w[2], 16 * position);
+      low = funnel_shift_right_by_rest(word[0], word[1], 16 * position);
+      high = funnel_shift_right_by_rest(word[1], word[2], 16 * position);
     }
     __device__ void unpack(std::uint32_t width, std::uint32_t minimum, packkv::detail::bytes16& x) const {
       using namespace packkv::detail;
@@ -187,17 +195,15 @@ class pack_codes {
       for (std::uint32_t i = 0; i < 4; ++i) {
         const std::uint32_t bit = 16 * position + 4 * width * i;
         const std::uint32_t* const word = payload + bit / 32;
-        std::uint32_t w[2] = {0, 0};
-        if (width > 0) w[0] = word[0];
-        if (bit % 32 + 4 * width > 32) w[1] = word[1];
-        fields[i] = funnel_shift_right_by_rest(w[0], w[1], bit);
+        fields[i] = funnel_shift_right_by_rest(word[0], word[1], bit);
       }
     }
     __device__ void unpack(std::uint32_t width, std::uint32_t minimum, packkv::detail::bytes16& x) const {
       using namespace packkv::detail;
+      const field_spreader spread(width);
       std::uint32_t codes[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) codes[i] = add_bytes(spread_fields(fields[i], width), minimum);
+      for (int i = 0; i < 4; ++i) codes[i] = add_bytes(spread(fields[i]), minimum);
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         x.word[i] = permute_bytes(codes[i], codes[i + 1], 0x6420);
@@ -206,10 +212,9 @@ class pack_codes {
     }
   };
 
-  const std::uint32_t *minima_ = nullptr, *payload_ = nullptr;
-  std::uint32_t min_bits_ = 0;
+  lane_fields minima_;  ///< of the group that comes next
+  const std::uint32_t* payload_ = nullptr;
   bool wide_ = false;
-  int group_ = 0;                         ///< that comes next
   std::uint32_t position_[groups];        ///< where the lane's packs of it and of those behind it begin, in 16 bits
   std::uint32_t widths_[groups][chunks];  ///< of the lane's channels there, a byte each
 };

@@ -3,7 +3,8 @@
 // One idea: a query in fixed point is four signed bytes per channel, and their sums with codes are exact; so is what
 // makes scores of them, in double. Nothing is lost where large codes and zero points cancel.
 //   using keys = pack_key_scores<128, 2>;   keys::prepare(shared, load, scale, warp_id(), warps);   __syncthreads();
-//   const keys k(shared);   k.compute(codes, sums);   score = k.score(shared, 0, sums[0], step_of_slot);
+//   const keys k(shared);   for (g = 0; g < 4; ++g) { k.compute(codes, sums); k.keep(own, g, sums); }   __syncwarp();
+//   score = k.score(shared, own, row, slot, step_of_slot);
 #pragma once
 
 #include <packkv/codec/pack_quantize.hpp>
@@ -97,18 +98,33 @@ class pack_key_scores {
     }
   }
 
-  /// The slot, of the group's 16, and the row of a pass whose score a lane gets.
-  __device__ static int slot() {
-    return group_codes::slot_of(2 * (packkv::detail::lane_id() / 4) + packkv::detail::lane_id() % 2);
+  /// Of a warp, in shared memory: what compute() made of a tile, limbs joined in pairs, for another lane to finish.
+  struct tile_sums {
+    static constexpr int row_pairs = tile_tokens + 2;  ///< rows lie in different banks
+    packkv::detail::bytes8 pair[Rows][row_pairs];
+  };
+  /// Keeps the sums of group g. The caller orders this before score().
+  __device__ static void keep(tile_sums& to, int g, const std::int32_t (&sums)[passes][4]) {
+    using namespace packkv::detail;
+    // Limbs l and l + 1 together are below 2^15.01, codes below 2^8: sums of 256 channels stay below 2^31.
+    const int which = lane_id() % 2,
+              slot = pack_codes<HeadDim>::pack_size * g + group_codes::slot_of(lane_id() / 4 * 2);
+#pragma unroll
+    for (int p = 0; p < passes; ++p) {
+      bytes8* const pair = to.pair[2 * p + lane_id() % 4 / 2] + slot;
+      pair[0].word[which] = static_cast<std::uint32_t>(sums[p][0] + 256 * sums[p][1]);
+      pair[group_codes::slot_of(1) - group_codes::slot_of(0)].word[which] =
+          static_cast<std::uint32_t>(sums[p][2] + 256 * sums[p][3]);
+    }
   }
-  __device__ static int row(int pass) { return 2 * pass + packkv::detail::lane_id() % 4 / 2; }
-
-  /// Scale times the score of query row(pass) against slot().
-  __device__ static float score(const temp_storage& storage, int pass, const std::int32_t (&sums)[4],
+  /// Scale times the score of query r against a slot of the tile.
+  __device__ static float score(const temp_storage& storage, const tile_sums& sums, int r, int slot,
                                 const pack_affine& step) {
-    const int r = row(pass);  // a code is at most 255, a limb 128
-    const double total = static_cast<double>(packkv::detail::total_of_limbs<HeadDim <= 128>(sums));
-    return static_cast<float>(storage.unit[r] * (step.scale * total + step.offset * storage.sum[r]));
+    const packkv::detail::bytes8 pair = packkv::detail::load8(&sums.pair[r][slot]);
+    const std::int64_t total =
+        std::int64_t{static_cast<std::int32_t>(pair.word[1])} * 65536 + static_cast<std::int32_t>(pair.word[0]);
+    return static_cast<float>(storage.unit[r] *
+                              (step.scale * static_cast<double>(total) + step.offset * storage.sum[r]));
   }
 
  private:

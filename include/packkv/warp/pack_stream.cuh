@@ -2,7 +2,7 @@
 // The tiles of packs that a warp has to visit, brought into shared memory ahead of their use.
 // One idea: tiles differ in size, so they lie one behind the other in a circle of bytes that holds the largest tile,
 // and usually several.
-//   pack_stream<bytes, Engine> stream(storage, buffer, packs, number, step, count);   stream.start();
+//   pack_stream<bytes, 16, Engine> stream(storage, buffer, packs, number, step, count);   stream.start();
 //   while (stream.next(tile, size)) { use it; stream.release(); }
 #pragma once
 
@@ -11,21 +11,28 @@
 
 namespace packkv::warp {
 
-template <int Bytes, copy_engine Engine>
+/// With Gap bytes behind each tile that belong to it and hold anything.
+template <int Bytes, int Gap, copy_engine Engine>
 class pack_stream {
  public:
   static constexpr int stages = 4;  ///< tiles under way or in use, at most
   using ring_type = tile_ring<stages, resolved(Engine)>;
   using temp_storage = typename ring_type::temp_storage;
-  static_assert(Bytes % 16 == 0, "tiles are multiples of 16 bytes");
+  static constexpr int buffer_bytes = Bytes + Gap;
+  static_assert(Bytes % 16 == 0 && Gap % 16 == 0, "tiles are multiples of 16 bytes");
 
-  /// The `count` tiles number, number + step, ... of `packs`, which must outlive the stream. `buffer`: Bytes of shared
-  /// memory of this warp, 16-byte aligned. All lanes take part, here and below.
+  /// The `count` tiles number, number + step, ... of `packs`, which must outlive the stream. `buffer`:
+  /// buffer_bytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
   __device__ pack_stream(temp_storage& storage, std::uint8_t* buffer, const const_pack_side& packs, std::int64_t number,
                          std::int64_t step, int count)
       : ring_(storage, buffer, 0), buffer_(buffer), packs_(packs), number_(number), step_(step), count_(count) {}
   /// Starts to fetch.
   __device__ void start() {
+    // So that gaps hold something.
+    for (int i = packkv::detail::lane_id(); i < buffer_bytes / 16; i += packkv::detail::warp_threads)
+      packkv::detail::store16(buffer_ + 16 * i, {});
+    packkv::detail::fence_async_copies();
+    __syncwarp();
     while (request()) {
     }
   }
@@ -45,11 +52,12 @@ class pack_stream {
   __device__ void release() {
     const int lane = current_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
     if (bytes > 0) {
-      tail_ = packkv::detail::shuffle(place_, lane) + bytes;
+      tail_ = packkv::detail::shuffle(place_, lane) + bytes + Gap;
       ring_.release();
     }
     ++current_;
-    start();
+    while (request()) {
+    }
   }
 
  private:
@@ -61,11 +69,11 @@ class pack_stream {
     if (requested_ == known_) look_up();
     const int lane = requested_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
     if (bytes > 0) {
-      const int place = room_for(bytes);
+      const int place = room_for(bytes + Gap);
       if (place < 0) return false;
       if (packkv::detail::lane_id() == lane) place_ = place;
       ring_.request_to(buffer_ + place, {packs_.data + begin_, bytes}, lane);
-      head_ = place + bytes;
+      head_ = place + bytes + Gap;
     }
     ++requested_;
     return true;
@@ -74,7 +82,7 @@ class pack_stream {
   __device__ int room_for(int bytes) {
     if (ring_.waiting() == 0) head_ = tail_ = 0;
     if (head_ > tail_ || ring_.waiting() == 0) {
-      if (Bytes - head_ >= bytes) return head_;
+      if (buffer_bytes - head_ >= bytes) return head_;
       return bytes <= tail_ ? 0 : -1;
     }
     return bytes <= tail_ - head_ ? head_ : -1;
