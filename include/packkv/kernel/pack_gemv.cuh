@@ -111,6 +111,15 @@ struct pack_value_warp {
   }
 };
 
+/// The bits of an element of a type, and what they are: a load that nobody waits for before it is used.
+__device__ inline std::uint32_t load_bits(const void* p, dtype type) {
+  return type == dtype::float32 ? *static_cast<const std::uint32_t*>(p) : *static_cast<const std::uint16_t*>(p);
+}
+__device__ inline float element_of_bits(std::uint32_t bits, dtype type) {
+  if (type == dtype::float32) return detail::bit_cast<float>(bits);
+  return type == dtype::float16 ? detail::unpack_16bit<false>(bits).low : detail::unpack_16bit<true>(bits).low;
+}
+
 /// Coordinates of a block: grid = units * splits, a unit being a batch row, a KV head and Rows of its query heads.
 template <int Rows>
 struct pack_unit {
@@ -160,6 +169,12 @@ __global__ void __launch_bounds__(pack_key_warp<HeadDim, Rows, Engine>::shape().
       a.scale, warp_id(), warps);
   __syncthreads();
   const keys_type keys(queries);
+  const std::int64_t lanes = warp_threads * a.out.stride[3], step_of_tile = 2 * warps * lanes;
+  char* to[Rows];  // the first slot of the lane in a tile
+#pragma unroll
+  for (int r = 0; r < Rows; ++r)
+    to[r] =
+        static_cast<char*>(unit.address(a.out, r, (unit.begin + warp_id()) * std::int64_t{tile_tokens} + lane_id()));
   while (tiles.next()) {
     if (tiles.good()) {
 #pragma unroll 1
@@ -178,9 +193,11 @@ __global__ void __launch_bounds__(pack_key_warp<HeadDim, Rows, Engine>::shape().
 #pragma unroll
       for (int r = 0; r < Rows; ++r)
         if (r < unit.rows)
-          store_element(unit.address(a.out, r, tiles.tile() * tile_tokens + slot), a.out.type,
+          store_element(to[r] + j * lanes, a.out.type,
                         tiles.good() ? keys_type::score(queries, own.sums, r, slot, step) : nan_float());
     }
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) to[r] += step_of_tile;
     tiles.release();
   }
   detail::add_report(a.report, lane_id() == 0 ? tiles.flags() : 0u, 0);
@@ -222,25 +239,34 @@ __global__ void __launch_bounds__(pack_value_warp<HeadDim, Rows, Engine>::shape(
   wait_for_kernel_before();
   const pack_unit<Rows> unit(a);
   const bool integer_zero = source.format.codec(source.which).zero == pack_zero::integer;
-  float next[2][Rows];
-  const auto load = [&](std::int64_t tile) {
-    for (int j = 0; j < 2; ++j)
+  const std::int64_t lanes = warp_threads * a.in.stride[3], step_of_tile = 2 * warps * lanes;
+  const char* from[Rows];  // the first slot of the lane in the tile that comes next
 #pragma unroll
-      for (int r = 0; r < Rows; ++r)
-        next[j][r] =
-            r < unit.rows
-                ? load_element(unit.address(a.in, r, tile * tile_tokens + lane_id() + warp_threads * j), a.in.type)
-                : 0.0f;
+  for (int r = 0; r < Rows; ++r)
+    from[r] = static_cast<const char*>(
+        unit.address(a.in, r, (unit.begin + warp_id()) * std::int64_t{tile_tokens} + lane_id()));
+  std::uint32_t next[2][Rows] = {};
+  const auto load = [&] {
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      if (r < unit.rows)
+        for (int j = 0; j < 2; ++j) next[j][r] = load_bits(from[r] + j * lanes, a.in.type);
+      from[r] += step_of_tile;
+    }
   };
-  if (unit.begin + warp_id() < unit.end) load(unit.begin + warp_id());
+  if (unit.begin + warp_id() < unit.end) load();
   tiles_type tiles(streams[warp_id()], own.tiles, source, unit.b, unit.head, unit.begin + warp_id(), unit.end, warps);
   warp::pack_value_sum<HeadDim, Rows> sum(own.sums);
   while (tiles.next()) {
+    float weights[2][Rows];
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) weights[j][r] = element_of_bits(next[j][r], a.in.type);
+    if (tiles.tile() + warps < unit.end) load();
     if (tiles.good())
-      sum.weigh(next, tiles.steps(), integer_zero, unit.rows);
+      sum.weigh(weights, tiles.steps(), integer_zero, unit.rows);
     else
-      sum.add_nan(next);
-    if (tiles.tile() + warps < unit.end) load(tiles.tile() + warps);
+      sum.add_nan(weights);
     if (tiles.good()) {
 #pragma unroll 1
       for (int g = 0; g < tiles_type::codes_type::groups; ++g) {
