@@ -11,6 +11,7 @@
 
 #include "decode_gemv.cuh"
 #include "decode_unpack.cuh"
+#include "program.cuh"
 
 namespace pk = packkv;
 
@@ -26,12 +27,6 @@ using kivi = pk::cache_format<pk::grouped_key_codec<128, 2>, pk::grouped_value_c
 using two_bit_64 = plans<64, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2>>;
 using two_bit_256 =
     plans<256, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2>>;
-
-struct {
-  timing::stopwatch* watch;
-  int sms;
-  std::vector<measured> results;
-} program;
 
 bool fits(std::int64_t bytes) {
   std::size_t free = 0, total = 0;
@@ -125,25 +120,6 @@ measured measure_family(const decode_case& c) {
   return m;
 }
 
-/// Registers what returns a `measured`.
-template <class F>
-void add(const std::string& name, F&& f) {
-  benchmark::RegisterBenchmark(name.c_str(),
-                               [=](benchmark::State& state) {
-                                 measured m;
-                                 for (auto _ : state) {
-                                   m = f();
-                                   state.SetIterationTime(m.graph.median * 1e-3);
-                                 }
-                                 m.name = name;
-                                 to_counters(m, state);
-                                 program.results.push_back(m);
-                               })
-      ->Iterations(1)
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
-}
-
 template <class Format>
 void add_decode(const char* format, const decode_case& c,
                 std::initializer_list<storage> ways = {storage::full, storage::bare}) {
@@ -216,27 +192,4 @@ void add_all() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  bool lists = false;
-  for (int i = 1; i < argc; ++i) lists = lists || std::string(argv[i]).rfind("--benchmark_list_tests", 0) == 0;
-  add_all();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  std::unique_ptr<timing::stopwatch> watch;
-  if (!lists) {
-    cudaDeviceProp device{};
-    int driver = 0, runtime = 0;
-    require(cudaGetDeviceProperties(&device, 0));
-    require(cudaDriverGetVersion(&driver));
-    require(cudaRuntimeGetVersion(&runtime));
-    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-    benchmark::AddCustomContext("device", device.name);
-    benchmark::AddCustomContext("cuda", "driver " + version(driver) + ", runtime " + version(runtime));
-    watch = std::make_unique<timing::stopwatch>();
-    program.watch = watch.get();
-    program.sms = device.multiProcessorCount;
-  }
-  benchmark::RunSpecifiedBenchmarks();
-  print_table(program.results);
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, add_all); }

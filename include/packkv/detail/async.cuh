@@ -80,6 +80,15 @@ __device__ inline void fence_async_copies() {
 #endif
 }
 
+/// Shared memory of a warp, 16-byte aligned, that may be read where nothing has been written, because what is read
+/// there does not matter. The executor, which forbids that, gets zeros; nothing on a GPU. All lanes take part.
+__device__ inline void allow_unwritten_reads([[maybe_unused]] std::uint8_t* p, [[maybe_unused]] int bytes) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  for (int i = 16 * lane_id(); i < bytes; i += 16 * warp_threads) store16(p + i, {});
+  __syncwarp();
+#endif
+}
+
 /// Copies `bytes` (a multiple of 16, both addresses too) to this block's shared memory and reports them to a phase of
 /// `done` that is not over. By one thread; what others did with the destination must be ordered before this call.
 __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, mbarrier& done,
@@ -87,10 +96,10 @@ __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, mba
 #if defined(PACKKV_SIMT_EXECUTOR)
   packkv_simt::detail::bulk_copy(to, from, bytes, &done.state, where);
 #else
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(&done))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&done))
+      : "memory");
 #endif
 }
 

@@ -160,6 +160,8 @@ __global__ void __launch_bounds__(pack_key_warp<HeadDim, Rows, Engine>::shape().
   constexpr int warps = own_type::shape().warps;
   __shared__ typename keys_type::temp_storage queries;
   __shared__ typename tiles_type::stream_type::temp_storage streams[warps];
+  static_assert(own_type::shape().shared_bytes + sizeof(queries) + sizeof(streams) <= policy::most_block_bytes,
+                "a block fits every SM");
   own_type& own = reinterpret_cast<own_type*>(dynamic_shared())[warp_id()];
   wait_for_kernel_before();
   const pack_unit<Rows> unit(a);
@@ -234,6 +236,8 @@ __global__ void __launch_bounds__(pack_value_warp<HeadDim, Rows, Engine>::shape(
   constexpr int warps = own_type::shape().warps;
   __shared__ typename tiles_type::stream_type::temp_storage streams[warps];
   __shared__ bool last;
+  static_assert(own_type::shape().shared_bytes + sizeof(streams) + 16 <= policy::most_block_bytes,
+                "a block fits every SM");
   auto* const all = reinterpret_cast<own_type*>(dynamic_shared());
   own_type& own = all[warp_id()];
   wait_for_kernel_before();

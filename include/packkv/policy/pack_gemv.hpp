@@ -15,13 +15,16 @@ struct pack_shape {
   int shared_bytes = 0;   ///< dynamic
 };
 
+/// Shared memory that a block may have on any SM (one of 100 KiB), and what of it is not a warp's.
+inline constexpr int most_block_bytes = 99 * 1024, fixed_pack_bytes = 768;
+
 /// For warps that need `warp_bytes` of shared memory each and keep `sums` sums of rows and channels: no block has more
 /// than an SM of 100 KiB has. Threads have 128 registers, or 168 for more than 256 sums.
 PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int sums) {
   pack_shape s;
   const int of_sm = sums > 256 ? 12 : 16;
   s.warps = of_sm == 16 ? 8 : 4;
-  while (s.warps * warp_bytes > 97 * 1024) s.warps /= 2;
+  while (s.warps * warp_bytes > most_block_bytes - fixed_pack_bytes) s.warps /= 2;
   s.blocks_per_sm = of_sm / s.warps;
   while (s.blocks_per_sm * (s.warps * warp_bytes + 4 * 1024) > 228 * 1024) --s.blocks_per_sm;
   s.shared_bytes = s.warps * warp_bytes;

@@ -28,11 +28,7 @@ class pack_stream {
       : ring_(storage, buffer, 0), buffer_(buffer), packs_(packs), number_(number), step_(step), count_(count) {}
   /// Starts to fetch.
   __device__ void start() {
-    // So that gaps hold something.
-    for (int i = packkv::detail::lane_id(); i < buffer_bytes / 16; i += packkv::detail::warp_threads)
-      packkv::detail::store16(buffer_ + 16 * i, {});
-    packkv::detail::fence_async_copies();
-    __syncwarp();
+    packkv::detail::allow_unwritten_reads(buffer_, buffer_bytes);  // gaps
     while (request()) {
     }
   }
