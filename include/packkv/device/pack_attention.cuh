@@ -141,6 +141,12 @@ status attention(const pack_format& f, const packs_view& packs, const input_view
       if (lse.extent[i] != queries.extent[i])
         return refuse(status_code::shape_mismatch, "lse does not fit the queries");
   }
+  if constexpr (KeyDim <= 256 && ValueDim <= 256)
+    if (takes_pack_kernels<KeyDim>(f, side::key, packs.blocks) &&
+        takes_pack_kernels<ValueDim>(f, side::value, packs.blocks))
+      return launch_pack_attention<KeyDim, ValueDim>(pack_side_source(f, side::key, packs, key_tail),
+                                                     pack_side_source(f, side::value, packs, value_tail), queries,
+                                                     f.kv_heads, scale, out, lse, e);
   return launch_sequence_attention<KeyDim, ValueDim>(pack_side_source(f, side::key, packs, key_tail),
                                                      pack_side_source(f, side::value, packs, value_tail), queries,
                                                      f.kv_heads, scale, out, {lse, {}, {}, 0, 0, 0}, e);

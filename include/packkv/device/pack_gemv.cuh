@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of the kernels that unpack packs of 16 tokens (kernel/pack_gemv.cuh), and which packs take them.
+// Launches of the kernels that unpack packs of 16 tokens (kernel/pack_gemv.cuh, pack_attention.cuh), and which packs
+// take them.
 #pragma once
 
 #include <packkv/device/sequences.cuh>
-#include <packkv/kernel/pack_gemv.cuh>
+#include <packkv/kernel/pack_attention.cuh>
 
 namespace packkv::detail {
 
@@ -23,7 +24,7 @@ inline status make_pack_grid(int rows, const policy::pack_shape& shape, std::int
                              std::int64_t& blocks) {
   a.chunks = ceil_div<std::int64_t>(a.in.extent[1] / a.kv_heads * a.in.extent[2], rows);
   const checked units = checked(a.in.extent[0]) * a.kv_heads * a.chunks;
-  a.splits = policy::pack_splits(units.value(), a.tokens / tile_tokens, shape, most);
+  a.splits = policy::pack_splits(units.value(), ceil_div<std::int64_t>(a.tokens, tile_tokens), shape, most);
   const checked all = units * a.splits;
   if (!all.valid() || all.value() > max_count)
     return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
@@ -89,6 +90,40 @@ status launch_pack_value_gemv(const warp::pack_source& source, const input_view<
     if (policy::pack_value_rows(weights.extent[1] / kv_heads, HeadDim) == 4)
       return launch_pack_value_rows<HeadDim, 4>(source, grid.splits, a, e.stream);
   return launch_pack_value_rows<HeadDim, 2>(source, grid.splits, a, e.stream);
+}
+
+template <int KeyDim, int ValueDim, int Rows>
+status launch_pack_attention_rows(const warp::pack_source& keys, const warp::pack_source& values,
+                                  std::int32_t most_splits, kernel::sequence_args a, const output_view<3>& lse,
+                                  cudaStream_t stream) {
+  constexpr warp::copy_engine engine = warp::copy_engine::best;
+  using own_type = kernel::pack_attention_warp<KeyDim, ValueDim, Rows, engine>;
+  constexpr policy::pack_shape shape = own_type::shape();
+  // Parts have 8 floats more than channels, the general kernel's rows 2.
+  const std::int64_t most = min_of<std::int64_t>(
+      own_type::max_splits(), max_of<std::int64_t>(1, std::int64_t{most_splits} * (ValueDim + 2) / (ValueDim + 8)));
+  std::int64_t blocks = 0;
+  if (const status s = make_pack_grid(Rows, shape, most, a, blocks); !s) return s;
+  return launch_pack_kernel(kernel::pack_attention<KeyDim, ValueDim, Rows, engine>, blocks, shape, stream, keys, values,
+                            a, lse);
+}
+
+/// As launch_sequence_attention without sinks, recent tokens and a window, for packs that take_pack_kernels on both
+/// sides, with the same workspace.
+template <int KeyDim, int ValueDim>
+status launch_pack_attention(const warp::pack_source& keys, const warp::pack_source& values,
+                             const input_view<4>& queries, std::int64_t kv_heads, float scale,
+                             const output_view<4>& out, const output_view<3>& lse, const exec& e) {
+  policy::decode_grid grid;
+  kernel::sequence_args a;
+  if (const status s = make_sequence_args(queries, out, kv_heads, warp::tokens_of(keys), e, a, grid); !s) return s;
+  if (grid.units == 0) return {};
+  if (const status s = check_grid<ValueDim>(grid, e); !s) return s;
+  a.scale = scale;
+  if constexpr (ValueDim <= 128)
+    if (policy::pack_value_rows(queries.extent[1] / kv_heads * queries.extent[2], ValueDim) == 4)
+      return launch_pack_attention_rows<KeyDim, ValueDim, 4>(keys, values, grid.splits, a, lse, e.stream);
+  return launch_pack_attention_rows<KeyDim, ValueDim, 2>(keys, values, grid.splits, a, lse, e.stream);
 }
 
 }  // namespace packkv::detail

@@ -16,7 +16,50 @@
 
 namespace packkv::kernel {
 
-/// The tiles of a warp: its share of those of the block's unit, with the ranges of their slots.
+/// Number of the tile of block `tile` of a head among those of the packs, and what lies between a head's tiles.
+__device__ inline std::int64_t pack_tile_number(const pack_format& f, std::int64_t b, int head, std::int64_t tile) {
+  return (tile * f.batch + b) * f.kv_heads + head;
+}
+__device__ inline std::int64_t pack_tile_step(const pack_format& f) { return std::int64_t{f.batch} * f.kv_heads; }
+
+/// The ranges of the slots lane and lane + 32 of a warp's tiles, one tile ahead.
+class pack_ranges {
+ public:
+  /// Of the tiles first, first + step, .. of a head; `first` exists if `load`.
+  __device__ pack_ranges(const warp::pack_source& source, std::int64_t b, int head, std::int64_t first, int step,
+                         bool load)
+      : source_(source) {
+    const pack_format& f = source.format;
+    const std::int64_t ranges = range_count(f, source.which);
+    next_range_ = reinterpret_cast<const std::uint32_t*>(source.packs.ranges) + (first * f.batch + b) * ranges +
+                  range_index(f.codec(source.which), head, packkv::detail::lane_id(), 0);
+    step_ = step * std::int64_t{f.batch} * ranges;
+    if (load) fetch();
+  }
+  /// The steps of the tile that was fetched; with `more`, the next one's ranges are on their way from then on.
+  __device__ void next(pack_step (&steps)[2], bool more) {
+    using namespace packkv::detail;
+    for (int j = 0; j < 2; ++j) {
+      const two_floats range =
+          source_.format.element == dtype::float16 ? unpack_16bit<false>(bits_[j]) : unpack_16bit<true>(bits_[j]);
+      steps[j] = make_pack_step(source_.format.codec(source_.which), range.low, range.high);
+    }
+    next_range_ += step_;
+    if (more) fetch();
+  }
+
+ private:
+  __device__ void fetch() {
+    for (int j = 0; j < 2; ++j) bits_[j] = next_range_[packkv::detail::warp_threads * j];
+  }
+
+  const warp::pack_source& source_;
+  const std::uint32_t* next_range_;  ///< low and high in a word
+  std::int64_t step_;
+  std::uint32_t bits_[2];
+};
+
+/// The tiles of a warp: its share of those of the block's unit, with the steps of their slots.
 template <int HeadDim, warp::copy_engine Engine>
 class pack_tiles {
  public:
@@ -31,19 +74,13 @@ class pack_tiles {
   /// Every `step`-th of the tiles first, .. below `end`. All lanes take part, here and below.
   __device__ pack_tiles(typename stream_type::temp_storage& storage, buffer& to, const warp::pack_source& source,
                         std::int64_t b, int head, std::int64_t first, std::int64_t end, int step)
-      : source_(source),
-        stream_(storage, to.tiles, source.packs, (first * source.format.batch + b) * source.format.kv_heads + head,
-                step * std::int64_t{source.format.batch} * source.format.kv_heads,
+      : stream_(storage, to.tiles, {{&source.packs}}, pack_tile_number(source.format, b, head, first),
+                step * pack_tile_step(source.format),
                 first < end ? static_cast<int>(ceil_div<std::int64_t>(end - first, step)) : 0),
+        ranges_(source, b, head, first, step, first < end),
         tile_(first - step),
         end_(end),
         step_(step) {
-    const pack_format& f = source.format;
-    const std::int64_t ranges = range_count(f, source.which);
-    ranges_ = reinterpret_cast<const std::uint32_t*>(source.packs.ranges) + (first * f.batch + b) * ranges +
-              range_index(f.codec(source.which), head, packkv::detail::lane_id(), 0);
-    range_step_ = step * std::int64_t{f.batch} * ranges;
-    if (first < end) load_ranges();
     stream_.start();
   }
 
@@ -55,40 +92,25 @@ class pack_tiles {
     tile_ += step_;
     good_ = tile != nullptr && codes_.open(tile, bytes);
     if (!good_) flags_ |= report_tile_damaged;
-    for (int j = 0; j < 2; ++j) {
-      using namespace packkv::detail;
-      const two_floats range =
-          source_.format.element == dtype::float16 ? unpack_16bit<false>(next_[j]) : unpack_16bit<true>(next_[j]);
-      step_of_[j] = make_pack_step(source_.format.codec(source_.which), range.low, range.high);
-    }
-    // The next tile's ranges are on their way while this one is read.
-    ranges_ += range_step_;
-    if (tile_ + step_ < end_) load_ranges();
+    ranges_.next(steps_, tile_ + step_ < end_);
     return true;
   }
   __device__ bool good() const { return good_; }
   __device__ std::int64_t tile() const { return tile_; }
   __device__ codes_type& codes() { return codes_; }
   /// Of slots lane and lane + 32.
-  __device__ const pack_step (&steps() const)[2] { return step_of_; }
+  __device__ const pack_step (&steps() const)[2] { return steps_; }
   /// All lanes are done with the tile.
   __device__ void release() { stream_.release(); }
   __device__ std::uint32_t flags() const { return flags_; }
 
  private:
-  __device__ void load_ranges() {
-    for (int j = 0; j < 2; ++j) next_[j] = ranges_[packkv::detail::warp_threads * j];
-  }
-
-  const warp::pack_source& source_;
   stream_type stream_;
   codes_type codes_;
-  const std::uint32_t*
-      ranges_;  ///< of the slots lane and lane + 32 of the tile that comes next, low and high in a word
-  std::int64_t range_step_, tile_, end_;
+  pack_ranges ranges_;
+  std::int64_t tile_, end_;
   int step_;
-  std::uint32_t next_[2];
-  pack_step step_of_[2];
+  pack_step steps_[2];
   std::uint32_t flags_ = 0;
   bool good_ = false;
 };
@@ -99,7 +121,8 @@ struct pack_key_warp {
   typename pack_tiles<HeadDim, Engine>::buffer tiles;
   typename warp::pack_key_scores<HeadDim, Rows>::tile_sums sums;
   PACKKV_HOST_DEVICE static constexpr policy::pack_shape shape() {
-    return policy::make_pack_shape(sizeof(pack_key_warp), 2);
+    return policy::make_pack_shape(sizeof(pack_key_warp),
+                                   sizeof(typename warp::pack_key_scores<HeadDim, Rows>::temp_storage) + 512, 0);
   }
 };
 template <int HeadDim, int Rows, warp::copy_engine Engine>
@@ -107,7 +130,7 @@ struct pack_value_warp {
   typename pack_tiles<HeadDim, Engine>::buffer tiles;
   typename warp::pack_value_sum<HeadDim, Rows>::temp_storage sums;
   PACKKV_HOST_DEVICE static constexpr policy::pack_shape shape() {
-    return policy::make_pack_shape(sizeof(pack_value_warp), Rows * HeadDim);
+    return policy::make_pack_shape(sizeof(pack_value_warp), 512, Rows * HeadDim);
   }
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tuning of the kernels that unpack packs of 16 tokens: warps of a block, and how many blocks share a unit.
-//   constexpr auto shape = make_pack_shape(warp_bytes);   int splits = pack_splits(units, tiles, shape, most);
+//   constexpr auto shape = make_pack_shape(warp_bytes, fixed_bytes, 2 * 128);   int splits = pack_splits(units, tiles,
+//   shape, most);
 #pragma once
 
 #include <cstdint>
@@ -15,18 +16,18 @@ struct pack_shape {
   int shared_bytes = 0;   ///< dynamic
 };
 
-/// Shared memory that a block may have on any SM (one of 100 KiB), and what of it is not a warp's.
-inline constexpr int most_block_bytes = 99 * 1024, fixed_pack_bytes = 768;
+/// Shared memory that a block may have on any SM (one of 100 KiB).
+inline constexpr int most_block_bytes = 99 * 1024;
 
-/// For warps that need `warp_bytes` of shared memory each and keep `sums` sums of rows and channels: no block has more
-/// than an SM of 100 KiB has. Threads have 128 registers, or 168 for more than 256 sums.
-PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int sums) {
+/// For warps that need `warp_bytes` of shared memory each and keep `sums` sums of rows and channels, and blocks that
+/// need `fixed_bytes` beside them. Threads have 128 registers, or 168 for more than 256 sums.
+PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int fixed_bytes, int sums) {
   pack_shape s;
   const int of_sm = sums > 256 ? 12 : 16;
   s.warps = of_sm == 16 ? 8 : 4;
-  while (s.warps * warp_bytes > most_block_bytes - fixed_pack_bytes) s.warps /= 2;
+  while (s.warps * warp_bytes > most_block_bytes - fixed_bytes) s.warps /= 2;
   s.blocks_per_sm = of_sm / s.warps;
-  while (s.blocks_per_sm * (s.warps * warp_bytes + 4 * 1024) > 228 * 1024) --s.blocks_per_sm;
+  while (s.blocks_per_sm * (s.warps * warp_bytes + fixed_bytes + 1024) > 228 * 1024) --s.blocks_per_sm;
   s.shared_bytes = s.warps * warp_bytes;
   return s;
 }

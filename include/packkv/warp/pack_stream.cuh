@@ -11,8 +11,9 @@
 
 namespace packkv::warp {
 
-/// With Gap bytes behind each tile that belong to it and hold anything.
-template <int Bytes, int Gap, copy_engine Engine>
+/// Of one side, or of both: then K and V take turns. With Gap bytes behind each tile that belong to it and hold
+/// anything.
+template <int Bytes, int Gap, copy_engine Engine, int Sides = 1>
 class pack_stream {
  public:
   static constexpr int stages = 4;  ///< tiles under way or in use, at most
@@ -21,11 +22,21 @@ class pack_stream {
   static constexpr int buffer_bytes = Bytes + Gap;
   static_assert(Bytes % 16 == 0 && Gap % 16 == 0, "tiles are multiples of 16 bytes");
 
-  /// The `count` tiles number, number + step, ... of `packs`, which must outlive the stream. `buffer`:
+  /// Where the sides lie, for the life of the stream.
+  struct sides {
+    const const_pack_side* of[Sides];
+  };
+
+  /// The `count` tiles number, number + step, ... of each side. `buffer`:
   /// buffer_bytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
-  __device__ pack_stream(temp_storage& storage, std::uint8_t* buffer, const const_pack_side& packs, std::int64_t number,
+  __device__ pack_stream(temp_storage& storage, std::uint8_t* buffer, const sides& packs, std::int64_t number,
                          std::int64_t step, int count)
-      : ring_(storage, buffer, 0), buffer_(buffer), packs_(packs), number_(number), step_(step), count_(count) {}
+      : ring_(storage, buffer, 0),
+        buffer_(buffer),
+        packs_(packs),
+        number_(number),
+        step_(step),
+        count_(Sides * count) {}
   /// Starts to fetch.
   __device__ void start() {
     packkv::detail::allow_unwritten_reads(buffer_, buffer_bytes);  // gaps
@@ -68,7 +79,7 @@ class pack_stream {
       const int place = room_for(bytes + Gap);
       if (place < 0) return false;
       if (packkv::detail::lane_id() == lane) place_ = place;
-      ring_.request_to(buffer_ + place, {packs_.data + begin_, bytes}, lane);
+      ring_.request_to(buffer_ + place, {from_, bytes}, lane);
       head_ = place + bytes + Gap;
     }
     ++requested_;
@@ -90,11 +101,12 @@ class pack_stream {
       const int index = known_ + lane % look_ahead;
       bytes_ = 0;
       if (index < count_) {
-        const std::int64_t* const offset = packs_.offsets + number_ + index * step_;
+        const const_pack_side& packs = *packs_.of[Sides == 1 ? 0 : index % Sides];
+        const std::int64_t* const offset = packs.offsets + number_ + index / Sides * step_;
         const std::int64_t begin = offset[0], end = offset[1];
-        if (begin >= 0 && begin % 16 == 0 && end % 16 == 0 && end > begin && end <= packs_.size &&
+        if (begin >= 0 && begin % 16 == 0 && end % 16 == 0 && end > begin && end <= packs.size &&
             end - begin <= Bytes) {
-          begin_ = begin;
+          from_ = packs.data + begin;
           bytes_ = static_cast<int>(end - begin);
         }
       }
@@ -104,12 +116,12 @@ class pack_stream {
 
   ring_type ring_;
   std::uint8_t* buffer_;
-  const const_pack_side& packs_;
+  const sides packs_;
   std::int64_t number_, step_;
-  std::int64_t begin_ = 0;           ///< of the lane's tile: that with its number, modulo 32, among those looked up
-  int bytes_ = 0, place_ = 0;        ///< the same; 0 bytes: there is no such tile
-  int count_, known_ = 0;            ///< tiles; looked up
-  int current_ = 0, requested_ = 0;  ///< of the tiles, the first that has not been released, or requested
+  const std::uint8_t* from_ = nullptr;  ///< of the lane's tile: that with its number, modulo 32, among those looked up
+  int bytes_ = 0, place_ = 0;           ///< the same; 0 bytes: there is no such tile
+  int count_, known_ = 0;               ///< tiles; looked up
+  int current_ = 0, requested_ = 0;     ///< of the tiles, the first that has not been released, or requested
   int head_ = 0, tail_ = 0;
 };
 

@@ -13,8 +13,8 @@
 
 namespace packkv::warp {
 
-/// Rows rows of weights, an even number; two make one operand B.
-template <int HeadDim, int Rows>
+/// Rows rows of weights, an even number; two make one operand B. A row of sums has More floats of the caller's behind it.
+template <int HeadDim, int Rows, int More = 0>
 class pack_value_sum {
  public:
   static_assert(Rows > 0 && Rows % 2 == 0, "a product has columns for the limbs of two rows");
@@ -25,7 +25,7 @@ class pack_value_sum {
   /// sums of units before.
   struct temp_storage {
     packkv::detail::bytes16 limbs[Rows][tile_tokens / 4];
-    float sum[Rows][HeadDim];
+    float sum[Rows][HeadDim + More];
   };
 
   __device__ explicit pack_value_sum(temp_storage& storage) : storage_(storage) {
@@ -125,7 +125,17 @@ class pack_value_sum {
     });
   }
 
-  /// Completes storage.sum, [Rows][HeadDim], for all lanes. Nothing is added afterwards.
+  /// Adds sums of which a lane has channels lane, lane + 32, ...
+  __device__ void add_channels(const float (&x)[Rows][lane_channels]) {
+    using namespace packkv::detail;
+    flush();
+    __syncwarp();
+    for (int r = 0; r < Rows; ++r)
+      for (int i = 0; i < lane_channels; ++i) storage_.sum[r][lane_id() + warp_threads * i] += x[r][i];
+    __syncwarp();
+  }
+
+  /// Completes storage.sum for all lanes. Nothing is added afterwards.
   __device__ void finish() {
     flush();
     __syncwarp();
