@@ -403,6 +403,46 @@ TEST_CASE("a batch of packs: scores, value sums and attention on the device agre
   }
 }
 
+TEST_CASE("packs of 16 tokens with steps of tokens and vectors, which have kernels of their own, give the same") {
+  random_source random(8);
+  const auto check = [&](auto d, std::int64_t blocks, int group, std::int64_t n, std::int64_t tail) {
+    using dim = decltype(d);
+    pk::pack_format f = random_format(random, dim::key, dim::value, random.between(1, 2), random.between(1, 2));
+    f.pack_size = 16;
+    for (pk::pack_codec* c : {&f.key, &f.value})
+      c->granularity = random.one_in(2) ? pack_granularity::token : pack_granularity::vector;
+    pack_case c(f, blocks, random.one_in(2) ? walk::contiguous : walk::interleaved, tail);
+    c.fill(random);
+    REQUIRE(c.compress());
+    check_batch<dim::key, dim::value>(random, c, group, n);
+  };
+  for (int round = 0; round < 2; ++round)
+    for_dims([&](auto d) {
+      check(d, random.between(1, 3), random.between(1, 5), random.between(1, 3), random.between(3, 140));
+    });
+  check(dims<128, 128>{}, 9, 1, 1, 0);    // several splits
+  check(dims<192, 256>{}, 9, 2, 1, 130);  // 16-bit tokens in a split of their own, and a pass for two rows
+  check(dims<128, 128>{}, 17, 4, 1, 64);
+  check(dims<64, 64>{}, 0, 3, 2, 70);  // nothing is packed
+  check(dims<64, 64>{}, 12, 9, 2, 5);  // several passes
+}
+
+TEST_CASE("scores of packs may grow from tile to tile as far as they like") {
+  random_source random(9);
+  for (const float growth : {0.3f, 4.0f, 40.0f}) {
+    pk::pack_format f = random_format(random, 64, 64, 1, 1);
+    f.pack_size = 16;
+    f.key.granularity = f.value.granularity = pack_granularity::vector;
+    pack_case c(f, 14, walk::contiguous, 3);
+    c.values.fill([&](std::int64_t, std::int64_t, std::int64_t) { return random.normal(); });
+    c.keys.fill([&](std::int64_t, std::int64_t t, std::int64_t) {
+      return random.normal() * 0.05f * (1.0f + growth * static_cast<float>(t / 64));
+    });
+    REQUIRE(c.compress());
+    check_batch<64, 64>(random, c, 2, 1);
+  }
+}
+
 TEST_CASE("attention on packs does not need lse, and writes 16-bit elements") {
   random_source random(4);
   pack_case c(random_format(random, 64, 96, 1, 2), 1, walk::contiguous, 2);

@@ -58,6 +58,7 @@ struct loose_softmax {
   __device__ bool weigh(float (&scores)[2][Rows], float (&factor)[Rows]) {
     using namespace packkv::detail;
     bool raised = false;
+#pragma unroll
     for (int r = 0; r < Rows; ++r) {
       const float top = warp_max(fmaxf(scores[0][r], scores[1][r]));
       factor[r] = 1.0f;
@@ -183,9 +184,10 @@ __global__ void __launch_bounds__(
     const std::int64_t first = tile * tile_tokens;
     const int count = static_cast<int>(min_of<std::int64_t>(tile_tokens, a.tokens - first));
     float weights[2][Rows], factor[Rows];
-    warp::read_tile<KeyDim>(key_source, unit.b, unit.head, tile, flags,
-                            [&](auto& tokens) { raw_scores::compute(raw_queries, tokens, count, weights); });
+    warp::tail_reader<KeyDim> raw_keys(key_source.tail, unit.b, unit.head, first - coded * tile_tokens);
+    raw_scores::compute(raw_queries, raw_keys, count, weights);
     for (int j = 0; j < 2; ++j)
+#pragma unroll
       for (int r = 0; r < Rows; ++r) {
         const std::int64_t slot = lane_id() + warp_threads * j,
                            position = a.tokens - a.in.extent[2] + (r < rows ? unit.query(r) : 0);
@@ -193,10 +195,9 @@ __global__ void __launch_bounds__(
         weights[j][r] = seen ? weights[j][r] * (a.scale * log2_e) : -infinity();
       }
     if (softmax.weigh(weights, factor)) sum.rescale(factor);
+    warp::tail_reader<ValueDim> raw_values(value_source.tail, unit.b, unit.head, first - coded * tile_tokens);
     warp::value_sum<ValueDim, Rows> plain;
-    warp::read_tile<ValueDim>(value_source, unit.b, unit.head, tile, flags, [&](auto& tokens) {
-      plain.add_tokens(weights, [&](int slot, float(&x)[ValueDim / 32]) { tokens.load(slot, x); });
-    });
+    plain.add_tokens(weights, [&](int slot, float(&x)[ValueDim / 32]) { raw_values.load(slot, x); });
     sum.add_channels(plain.channel);
   }
   sum.finish();

@@ -13,7 +13,8 @@
 
 namespace packkv::warp {
 
-/// Rows rows of weights, an even number; two make one operand B. A row of sums has More floats of the caller's behind it.
+/// Rows rows of weights, an even number; two make one operand B. A row of sums has More floats of the caller's behind
+/// it.
 template <int HeadDim, int Rows, int More = 0>
 class pack_value_sum {
  public:
@@ -130,7 +131,9 @@ class pack_value_sum {
     using namespace packkv::detail;
     flush();
     __syncwarp();
+#pragma unroll
     for (int r = 0; r < Rows; ++r)
+#pragma unroll
       for (int i = 0; i < lane_channels; ++i) storage_.sum[r][lane_id() + warp_threads * i] += x[r][i];
     __syncwarp();
   }
