@@ -54,6 +54,14 @@ PACKKV_HOST_DEVICE inline float div_rn(float a, float b) {
   return rounded(a / b);
 #endif
 }
+/// a * b + c, rounded once.
+PACKKV_HOST_DEVICE inline float fma_rn(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fmaf(a, b, c);
+#endif
+}
 
 /// a + x*x in double. The product of two floats is exact there, so contraction cannot change the sum.
 PACKKV_HOST_DEVICE inline double add_square(double sum, float x) {

@@ -7,6 +7,7 @@
 #include <packkv/codec/pack_checks.hpp>
 #include <packkv/device/exec.cuh>
 #include <packkv/kernel/offset_scan.cuh>
+#include <packkv/kernel/pack_encode.cuh>
 #include <packkv/kernel/packs.cuh>
 
 namespace packkv {
@@ -76,6 +77,57 @@ inline status write_packs(const kernel::pack_args& a, cudaStream_t stream) {
   return tiles > 0 ? launch(kernel::write_packs<kernel::pack_warps>, grid_for(tiles), threads, stream, a) : status{};
 }
 
+/// Whether encode_packs does a side: a range within a token, channels side by side, and 16-byte loads.
+inline bool has_fast_encoder(const pack_format& f, side which, const input_view<4>& x, std::int64_t blocks) {
+  const pack_granularity g = f.codec(which).granularity;
+  if (g != pack_granularity::token && g != pack_granularity::vector) return false;
+  bool aligned = x.stride[3] == 2 && is_aligned(x.data, 16);
+  for (int i = 0; i < 3; ++i) aligned = aligned && (x.extent[i] == 1 || x.stride[i] % 16 == 0);
+  return aligned && kernel::pack_units(f, which).count(f, blocks) < (std::int64_t{1} << 30);
+}
+
+template <bool BFloat, int PackSize>
+inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
+  int shared_bytes = 0;
+  for (const kernel::pack_args* a : {&args.key, &args.value}) {
+    if ((a->which == side::key ? args.key_units : args.value_units) == 0) continue;
+    shared_bytes = max_of(shared_bytes, kernel::encode_shared_bytes<PackSize>(a->format, a->which));
+    if (!kernel::ranges_span_units(a->format, a->which)) continue;
+    constexpr int warps = kernel::pack_warps;
+    const std::int64_t rows = a->blocks * a->format.batch * tile_tokens;
+    if (const status s = launch(kernel::find_row_ranges<BFloat, warps>, grid_for(ceil_div<std::int64_t>(rows, warps)),
+                                pack_threads, stream, *a);
+        !s)
+      return s;
+  }
+  constexpr int threads = 256;
+  const std::int64_t key_tiles = args.key_units > 0 ? tile_count(args.key.format, args.key.blocks) + 1 : 0;
+  const std::int64_t value_tiles = args.value_units > 0 ? tile_count(args.value.format, args.value.blocks) + 1 : 0;
+  if (const status s = launch(kernel::clear_offsets<threads>,
+                              grid_for(ceil_div<std::int64_t>(max_of(key_tiles, value_tiles), threads)), threads,
+                              stream, args.key.out.offsets, key_tiles, args.value.out.offsets, value_tiles);
+      !s)
+    return s;
+  return launch(kernel::encode_packs<BFloat, PackSize>, grid_for(args.key_units + args.value_units),
+                block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
+}
+
+template <bool BFloat>
+inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
+  switch (args.key.format.pack_size) {
+    case 2:
+      return encode_packs<BFloat, 2>(args, stream);
+    case 4:
+      return encode_packs<BFloat, 4>(args, stream);
+    case 8:
+      return encode_packs<BFloat, 8>(args, stream);
+    case 16:
+      return encode_packs<BFloat, 16>(args, stream);
+    default:
+      return encode_packs<BFloat, 32>(args, stream);
+  }
+}
+
 }  // namespace detail
 
 /// Codes the first `blocks` * 64 tokens (PackKV's own choice is coded_blocks(tokens)), in stream order; capturable in a
@@ -111,13 +163,28 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
   const std::uint8_t* const slots = order.given != nullptr ? order.given : order.computed;
   const kernel::pack_args k{f, side::key, keys, key, blocks, slots, e.report};
   const kernel::pack_args v{f, side::value, values, value, blocks, slots, e.report};
+  const bool fast[2] = {detail::has_fast_encoder(f, side::key, keys, blocks),
+                        detail::has_fast_encoder(f, side::value, values, blocks)};
+  const bool by_values = f.order == token_order::median;
   if (blocks > 0) {
-    if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
-    if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
+    if (!fast[0])
+      if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
+    if (!fast[1] || by_values)
+      if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
     if (const status s = detail::find_pack_order(v, order, e.stream); !s) return s;
   }
-  if (const status s = detail::write_packs(k, e.stream); !s) return s;
-  return detail::write_packs(v, e.stream);
+  const auto units = [&](side which) {
+    return fast[static_cast<int>(which)] ? kernel::pack_units(f, which).count(f, blocks) : 0;
+  };
+  const kernel::pack_encode_args both{k, v, units(side::key), units(side::value)};
+  if (both.key_units + both.value_units > 0) {
+    const status s = f.element == dtype::bfloat16 ? detail::encode_packs<true>(both, e.stream)
+                                                  : detail::encode_packs<false>(both, e.stream);
+    if (!s) return s;
+  }
+  if (both.key_units == 0)
+    if (const status s = detail::write_packs(k, e.stream); !s) return s;
+  return both.value_units == 0 ? detail::write_packs(v, e.stream) : status{};
 }
 
 }  // namespace packkv

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packs of both sides in one kernel, for granularities token and vector and channels that lie side by side; the order
+// of tokens is known. One idea: a block of threads keeps the codes of all heads of a 64-token block in shared memory,
+// learns from the blocks before it where its tiles begin, and writes them: input and output move once.
+#pragma once
+
+#include <packkv/kernel/packs.cuh>
+#include <packkv/warp/offset_chain.cuh>
+#include <packkv/warp/pack_group.cuh>
+#include <packkv/warp/pack_row.cuh>
+
+namespace packkv::kernel {
+
+inline constexpr int encode_warps = 16;  ///< of a block of encode_packs
+inline constexpr int encode_heads = 16;  ///< most heads of a unit
+
+/// Both sides, and how many units of each there are; 0: another kernel does that side.
+struct pack_encode_args {
+  pack_args key, value;
+  std::int64_t key_units, value_units;
+};
+
+/// A unit is the heads of one batch row and block that a warp's chunk covers; a block of threads codes one.
+struct pack_units {
+  int heads, of_row;  ///< heads of a unit, but for the last of a batch row; units of a batch row
+  PACKKV_HOST_DEVICE constexpr pack_units(const pack_format& f, side which)
+      : heads(min_of(warp::pack_row_shape(f.codec(which).head_dim).heads(), f.kv_heads)),
+        of_row((f.kv_heads + heads - 1) / heads) {}
+  PACKKV_HOST_DEVICE constexpr std::int64_t count(const pack_format& f, std::int64_t blocks) const {
+    return (checked(blocks) * f.batch * of_row).value();
+  }
+  /// Dynamic shared memory: codes [head][slot][channel], four_packs [head][group][channel / 4], stages of warps.
+  PACKKV_HOST_DEVICE constexpr int code_bytes(int head_dim) const { return heads * tile_tokens * head_dim; }
+  PACKKV_HOST_DEVICE constexpr int pack_bytes(int head_dim, int pack_size) const {
+    return heads * (tile_tokens / pack_size) * head_dim * 2;
+  }
+};
+template <int PackSize>
+constexpr int encode_shared_bytes(const pack_format& f, side which) {
+  const pack_units units(f, which);
+  const int dim = f.codec(which).head_dim;
+  return units.code_bytes(dim) + units.pack_bytes(dim, PackSize) + encode_warps * warp::group_stage_words<PackSize> * 4;
+}
+static_assert(warp::pack_row_shape(64).heads() == encode_heads, "the smallest head dim has the most heads");
+
+/// Whether the ranges of a side are found by find_row_ranges, because they span more heads than a unit.
+PACKKV_HOST_DEVICE constexpr bool ranges_span_units(const pack_format& f, side which) {
+  return f.codec(which).granularity == pack_granularity::token && pack_units(f, which).of_row > 1;
+}
+
+/// The unit of one block of threads, in shared memory.
+struct pack_unit {
+  std::int64_t number;                                  ///< of the launch
+  std::int64_t begin;                                   ///< byte of the first tile
+  int start[encode_heads][tile_tokens / 2 + 1];         ///< words of payload before each group; behind them the end
+  std::uint32_t bits[encode_heads];                     ///< measure_group's
+  int bytes[encode_heads];                              ///< of the tiles before; behind them of all
+};
+
+/// Zeroes offsets before encode_packs; a thread per word of the longer array.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) clear_offsets(std::int64_t* a, std::int64_t count_a, std::int64_t* b,
+                                                         std::int64_t count_b) {
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < count_a || i < count_b;
+       i += static_cast<std::int64_t>(gridDim.x) * Threads) {
+    if (i < count_a) a[i] = 0;
+    if (i < count_b) b[i] = 0;
+  }
+}
+
+/// Ranges of token granularity over all heads, in the order of slots; a warp per token.
+template <bool BFloat, int Warps>
+__global__ void __launch_bounds__(Warps * 32) find_row_ranges(const __grid_constant__ pack_args a) {
+  using namespace packkv::detail;
+  std::uint32_t flags = 0;
+  const std::int64_t items = a.blocks * a.format.batch * tile_tokens;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * Warps + warp_id(); item < items;
+       item += static_cast<std::int64_t>(gridDim.x) * Warps) {
+    const std::int64_t block = item / tile_tokens / a.format.batch, b = item / tile_tokens % a.format.batch;
+    const int slot = static_cast<int>(item % tile_tokens);
+    const warp::pack_row<BFloat> row(a.format.codec(a.which), a.in, b, block * tile_tokens + pack_token(a, block, slot));
+    row.find_ranges(a.format.kv_heads, {nullptr, pack_ranges_of(a, block, b), slot}, flags);
+  }
+  add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
+}
+
+/// Starts of the groups of a head, its header, and the bytes of its tile; a warp.
+template <int PackSize>
+__device__ inline int sum_groups(int (&start)[tile_tokens / 2 + 1], std::uint32_t bits, int dim) {
+  using namespace packkv::detail;
+  pack_tile shape{PackSize, dim, bit_length(bits & 0xffu), bit_length(bits >> 8)};
+  const int own = lane_id() < shape.groups() ? start[lane_id() + 1] : 0, end = warp_prefix_sum(own);
+  if (lane_id() == 0) start[0] = 0;
+  if (lane_id() < shape.groups()) start[lane_id() + 1] = end;
+  return shape.tile_bytes(shuffle(end, warp_threads - 1));
+}
+
+/// What a tile has beside its groups: header, starts, and zeros at the end; a warp.
+__device__ inline void write_tile_frame(const pack_tile& shape, const int* start, std::uint32_t* tile) {
+  using namespace packkv::detail;
+  if (lane_id() == 0)
+    tile[0] = static_cast<std::uint32_t>(shape.min_bits) | static_cast<std::uint32_t>(shape.width_bits) << 8;
+  if (lane_id() < shape.groups() / 2)
+    tile[pack_tile::starts_offset / 4 + lane_id()] =
+        static_cast<std::uint32_t>(start[2 * lane_id()]) | static_cast<std::uint32_t>(start[2 * lane_id() + 1]) << 16;
+  const int words = start[shape.groups()], end = shape.payload_offset() / 4 + words;
+  if (end + lane_id() < shape.tile_bytes(words) / 4) tile[end + lane_id()] = 0;
+}
+
+/// Codes both sides: key_units + value_units blocks of threads, which take units in ascending order; dynamic shared
+/// memory of encode_shared_bytes. Both sides' offsets are zero before (clear_offsets); those of the first side that
+/// has units count the blocks that have begun, too, in their first word.
+template <bool BFloat, int PackSize>
+__global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __grid_constant__ pack_encode_args args) {
+  using namespace packkv::detail;
+  __shared__ pack_unit unit;
+  constexpr int groups = tile_tokens / PackSize;
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
+  if (thread == 0) {
+    std::int64_t* const first = args.key_units > 0 ? args.key.out.offsets : args.value.out.offsets;
+    unit.number = arrive(reinterpret_cast<std::uint32_t*>(first), gridDim.x - 1);
+  }
+  if (thread < encode_heads) unit.bits[thread] = 0;
+  __syncthreads();
+  const bool keys = unit.number < args.key_units;
+  const pack_args& a = keys ? args.key : args.value;
+  const std::int64_t number = keys ? unit.number : unit.number - args.key_units;
+  const pack_units units(a.format, a.which);
+  const pack_codec& codec = a.format.codec(a.which);
+  const int dim = codec.head_dim;
+  const std::int64_t row = number / units.of_row, block = row / a.format.batch, b = row % a.format.batch;
+  const int first_head = static_cast<int>(number % units.of_row) * units.heads;
+  const int heads = min_of(units.heads, a.format.kv_heads - first_head);
+  std::uint8_t* const codes = dynamic_shared();
+  thread::four_packs* const packs = reinterpret_cast<thread::four_packs*>(codes + units.code_bytes(dim));
+  std::uint32_t* const stage =
+      reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
+      warp * warp::group_stage_words<PackSize>;
+
+  std::uint32_t flags = 0;
+  pack_range* const ranges = pack_ranges_of(a, block, b);
+  const bool known = ranges_span_units(a.format, a.which);
+  for (int slot = warp; slot < tile_tokens; slot += encode_warps) {
+    const warp::pack_row<BFloat> line(codec, a.in, b, block * tile_tokens + pack_token(a, block, slot));
+    line.codes(first_head, heads, {known ? ranges : nullptr, known ? nullptr : ranges, slot}, flags,
+               [&](int, int head, int channel, const bytes8& x) {
+                 *reinterpret_cast<bytes8*>(codes + ((head - first_head) * tile_tokens + slot) * dim + channel) = x;
+               });
+  }
+  add_report(a.report, flags, 0);
+  __syncthreads();
+
+  for (int item = warp; item < heads * groups; item += encode_warps) {
+    const int head = item / groups, g = item % groups;
+    std::uint32_t bits = 0;
+    const int widths = warp::measure_group<PackSize>(codes + (head * tile_tokens + g * PackSize) * dim, dim,
+                                                     packs + item * (dim / 4), bits);
+    if (lane_id() == 0) {
+      unit.start[head][g + 1] = pack_tile::words_of(widths * PackSize);
+      atomicOr(&unit.bits[head], bits);
+    }
+  }
+  __syncthreads();
+  if (warp < heads) {
+    const int bytes = sum_groups<PackSize>(unit.start[warp], unit.bits[warp], dim);
+    if (lane_id() == 0) unit.bytes[warp] = bytes;
+  }
+  __syncthreads();
+  const std::int64_t first_tile = row * a.format.kv_heads + first_head;
+  if (warp == 0) {
+    const int own = lane_id() < heads ? unit.bytes[lane_id()] : 0, end = warp_prefix_sum(own);
+    const std::int64_t begin =
+        warp::chained_begin(number, std::int64_t{shuffle(end, warp_threads - 1)}, [&](std::int64_t i) {
+          const int last = min_of((static_cast<int>(i % units.of_row) + 1) * units.heads, a.format.kv_heads);
+          return a.out.offsets + i / units.of_row * a.format.kv_heads + last;
+        });
+    if (lane_id() == 0) unit.begin = begin;
+    if (lane_id() < heads) unit.bytes[lane_id()] = end - own;
+    if (lane_id() < heads - 1) a.out.offsets[first_tile + lane_id() + 1] = begin + end;
+  }
+  __syncthreads();
+
+  for (int item = warp; item < heads * groups; item += encode_warps) {
+    const int head = item / groups, g = item % groups;
+    const pack_tile shape{PackSize, dim, bit_length(unit.bits[head] & 0xffu), bit_length(unit.bits[head] >> 8)};
+    std::uint32_t* const tile = reinterpret_cast<std::uint32_t*>(a.out.data + unit.begin + unit.bytes[head]);
+    if (g == 0) write_tile_frame(shape, unit.start[head], tile);
+    warp::write_group<PackSize>(shape, g, unit.start[head][g], codes + (head * tile_tokens + g * PackSize) * dim,
+                                packs + item * (dim / 4), stage, tile);
+  }
+}
+
+}  // namespace packkv::kernel

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// One group of packs of a tile, by a warp: its share of the tile's widths, minima and payload, from codes in shared
+// memory. One idea: with channels a multiple of 32, a group's widths and minima fill whole words, and its payload begins
+// at one, so that groups never share a word.
+//   const int widths = warp::measure_group<16>(codes, dim, packs, bits);
+//   warp::write_group<16>(shape, g, start, codes, packs, stage, tile);
+#pragma once
+
+#include <packkv/codec/pack_format.hpp>
+#include <packkv/thread/pack_fields.cuh>
+
+namespace packkv::warp {
+
+inline constexpr int group_round = 128;  ///< channels that a warp handles at a time, four a lane
+
+/// Words of write_group's `stage`: the fields of a round, and a word that it shares with the one before.
+template <int PackSize>
+inline constexpr int group_stage_words = PackSize * group_round / 4 + 4;
+
+/// Sum of the widths of a group's packs, in all lanes; packs [dim / 4] is for write_group. `bits`: all minima, and
+/// all widths << 8, ORed together, in all lanes. codes: of the group's first slot, [PackSize][dim].
+template <int PackSize>
+__device__ inline int measure_group(const std::uint8_t* codes, int dim, thread::four_packs* packs,
+                                    std::uint32_t& bits) {
+  using namespace packkv::detail;
+  int widths = 0;
+  std::uint32_t minima = 0, all = 0;
+  for (int c = 4 * lane_id(); c < dim; c += group_round) {
+    const thread::four_packs x = thread::measure_packs<PackSize>(codes + c, dim);
+    packs[c / 4] = x;
+    minima |= x.minimum;
+    all |= x.width;
+    widths += x.widths();
+  }
+  minima |= minima >> 16;
+  all |= all >> 16;
+  bits = __reduce_or_sync(all_lanes, ((minima | minima >> 8) & 0xffu) | ((all | all >> 8) & 0xffu) << 8);
+  return static_cast<int>(warp_sum_unsigned(static_cast<unsigned>(widths)));
+}
+
+/// Writes four bytes of each lane as fields of `bits` <= 8 bits, one lane's behind the other's: `count` whole words.
+__device__ inline void write_fields(std::uint32_t bytes, int bits, int count, std::uint32_t* to) {
+  using namespace packkv::detail;
+  if (bits == 0) return;
+  const std::uint32_t own = (bytes & 0xffu) | (bytes >> 8 & 0xffu) << bits | (bytes >> 16 & 0xffu) << 2 * bits |
+                            bytes >> 24 << 3 * bits;
+  // Word `lane` begins `skipped` bits into what lane `first` has.
+  const int first = 8 * lane_id() / bits, skipped = 32 * lane_id() - 4 * bits * first;
+  std::uint32_t word = 0;
+  for (int k = 0; k <= (8 + bits - 1) / bits; ++k) {
+    const std::uint32_t x = shuffle(own, (first + k) % warp_threads);
+    const int at = 4 * bits * k - skipped;
+    word |= at < 0 ? x >> -at : at < 32 ? x << at : 0u;
+  }
+  if (lane_id() < count) to[lane_id()] = word;
+}
+
+/// The fields of one round in `stage`, `begin` bits behind its start; begin is a multiple of PackSize. Bits that are
+/// not written stay as they were with packs of 16 and 32 tokens, else what is written is ORed to them.
+template <int PackSize>
+__device__ inline void stage_fields(const std::uint8_t* codes, int dim, const thread::four_packs& packs, int begin,
+                                    std::uint32_t* stage) {
+  constexpr int run = PackSize < 16 ? PackSize : 16;
+#pragma unroll
+  for (int first = 0; first < PackSize; first += run) {
+    thread::field_run runs[4];
+    thread::fields_of_packs<run>(codes + first * dim, dim, packs, runs);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int width = packs.width_of(k), at = begin + packs.widths_before(k) * PackSize + first * width;
+      if constexpr (PackSize < 16) {
+        if (width > 0) thread::or_bits(stage, at, runs[k].low);
+      } else {
+        std::uint16_t* const halves = reinterpret_cast<std::uint16_t*>(stage) + at / 16;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i < width)
+            halves[i] = static_cast<std::uint16_t>((i < 4 ? runs[k].low : runs[k].high) >> 16 * (i % 4));
+      }
+    }
+  }
+}
+
+/// Writes group g of a tile. codes, packs: as measure_group had and left them; start: word of the payload at which the
+/// group begins; stage: group_stage_words<PackSize> words of shared memory of this warp; tile: 4-byte aligned.
+template <int PackSize>
+__device__ inline void write_group(const pack_tile& shape, int g, int start, const std::uint8_t* codes,
+                                   const thread::four_packs* packs, std::uint32_t* stage, std::uint32_t* tile) {
+  using namespace packkv::detail;
+  const int dim = shape.head_dim;
+  std::uint32_t* payload = tile + shape.payload_offset() / 4 + start;
+  int taken = 0;  // bits of stage[0] that belong to the round before
+  for (int first = 0; first < dim; first += group_round) {
+    const int c = first + 4 * lane_id();
+    const thread::four_packs x = c < dim ? packs[c / 4] : thread::four_packs{0, 0};
+    const int number = g * dim + first, words = min_of(dim - first, group_round) / 32;
+    write_fields(x.width, shape.width_bits, words * shape.width_bits,
+                 tile + shape.widths_offset() / 4 + number / 32 * shape.width_bits);
+    write_fields(x.minimum, shape.min_bits, words * shape.min_bits,
+                 tile + shape.minima_offset() / 4 + number / 32 * shape.min_bits);
+    const int widths = x.widths(), end = warp_prefix_sum(widths);
+    const int bits = taken + shuffle(end, warp_threads - 1) * PackSize, whole = bits / 32, rest = bits % 32;
+    if constexpr (PackSize < 16) {
+      for (int i = lane_id() + (taken > 0 ? 1 : 0); i < whole + (rest > 0 ? 1 : 0); i += warp_threads) stage[i] = 0;
+      __syncwarp();
+    }
+    if (c < dim) stage_fields<PackSize>(codes + c, dim, x, taken + (end - widths) * PackSize, stage);
+    __syncwarp();
+    const std::uint32_t mask = (1u << rest) - 1;
+    const bool last = first + group_round >= dim;
+    for (int i = lane_id(); i < whole; i += warp_threads) payload[i] = stage[i];
+    if (last && rest > 0 && lane_id() == 0) payload[whole] = stage[whole] & mask;
+    const std::uint32_t carried = !last && rest > 0 && lane_id() == 0 ? stage[whole] & mask : 0u;
+    __syncwarp();
+    if (!last && rest > 0 && lane_id() == 0) stage[0] = carried;
+    __syncwarp();
+    payload += whole;
+    taken = rest;
+  }
+}
+
+}  // namespace packkv::warp
