@@ -86,6 +86,8 @@ inline bool has_fast_encoder(const pack_format& f, side which, const input_view<
   return aligned && kernel::pack_units(f, which).count(f, blocks) < (std::int64_t{1} << 30);
 }
 
+inline constexpr int usual_head_dim = 128;  ///< has an encoder of its own
+
 template <bool BFloat, int PackSize>
 inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
   int shared_bytes = 0;
@@ -108,7 +110,10 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
                               stream, args.key.out.offsets, key_tiles, args.value.out.offsets, value_tiles);
       !s)
     return s;
-  return launch(kernel::encode_packs<BFloat, PackSize>, grid_for(args.key_units + args.value_units),
+  const pack_format& f = args.key.format;
+  const bool usual = f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim;
+  return launch(usual ? kernel::encode_packs<BFloat, PackSize, usual_head_dim> : kernel::encode_packs<BFloat, PackSize, 0>,
+                grid_for(args.key_units + args.value_units),
                 block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
 }
 

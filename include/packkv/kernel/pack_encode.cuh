@@ -78,8 +78,11 @@ __global__ void __launch_bounds__(Warps * 32) find_row_ranges(const __grid_const
        item += static_cast<std::int64_t>(gridDim.x) * Warps) {
     const std::int64_t block = item / tile_tokens / a.format.batch, b = item / tile_tokens % a.format.batch;
     const int slot = static_cast<int>(item % tile_tokens);
-    const warp::pack_row<BFloat> row(a.format.codec(a.which), a.in, b, block * tile_tokens + pack_token(a, block, slot));
-    row.find_ranges(a.format.kv_heads, {nullptr, pack_ranges_of(a, block, b), slot}, flags);
+    const pack_codec& codec = a.format.codec(a.which);
+    pack_range range = warp::find_token_range<BFloat>(codec, a.in, b, a.format.kv_heads,
+                                                      block * tile_tokens + pack_token(a, block, slot));
+    (void)thread::make_code_step<BFloat>(codec, range, flags);
+    if (lane_id() == 0) warp::store_range(pack_ranges_of(a, block, b) + slot, range);
   }
   add_report(a.report, lane_id() == 0 ? flags : 0u, 0);
 }
@@ -107,10 +110,41 @@ __device__ inline void write_tile_frame(const pack_tile& shape, const int* start
   if (end + lane_id() < shape.tile_bytes(words) / 4) tile[end + lane_id()] = 0;
 }
 
+/// Codes of a unit, [head][slot][channel], and the ranges of their slots; a warp per token.
+template <bool BFloat, int HeadDim>
+__device__ inline void write_unit_codes(const pack_args& a, std::int64_t block, std::int64_t b, int first_head,
+                                        int heads, std::uint8_t* codes) {
+  using namespace packkv::detail;
+  const pack_codec& codec = a.format.codec(a.which);
+  const int dim = HeadDim != 0 ? HeadDim : codec.head_dim;
+  pack_range* const ranges = pack_ranges_of(a, block, b);
+  const warp::pack_chunk<BFloat, HeadDim> chunk(codec, a.in, b, first_head, heads);
+  const bool of_heads = codec.granularity == pack_granularity::vector, known = ranges_span_units(a.format, a.which);
+  std::uint32_t flags = 0;
+  for (int slot = warp_id(); slot < tile_tokens; slot += encode_warps) {
+    typename warp::pack_chunk<BFloat, HeadDim>::elements x;
+    chunk.load(block * tile_tokens + pack_token(a, block, slot), x);
+    const auto store = [&](int, int head, int channel, const bytes8& c) {
+      *reinterpret_cast<bytes8*>(codes + ((head - first_head) * tile_tokens + slot) * dim + channel) = c;
+    };
+    if (of_heads) {
+      chunk.codes_of_heads(x, slot, ranges, flags, store);
+    } else {
+      pack_range range = known ? ranges[slot] : chunk.range_of_lanes(chunk.extent(x));
+      const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
+      if (!known && lane_id() == 0) warp::store_range(ranges + slot, range);
+      chunk.codes(x, range, step, store);
+    }
+  }
+  // Ranges that are known have been reported.
+  add_report(a.report, known ? 0u : flags, 0);
+}
+
 /// Codes both sides: key_units + value_units blocks of threads, which take units in ascending order; dynamic shared
 /// memory of encode_shared_bytes. Both sides' offsets are zero before (clear_offsets); those of the first side that
 /// has units count the blocks that have begun, too, in their first word.
-template <bool BFloat, int PackSize>
+/// HeadDim: of both sides, or 0 for any.
+template <bool BFloat, int PackSize, int HeadDim>
 __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __grid_constant__ pack_encode_args args) {
   using namespace packkv::detail;
   __shared__ pack_unit unit;
@@ -118,7 +152,7 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
   if (thread == 0) {
     std::int64_t* const first = args.key_units > 0 ? args.key.out.offsets : args.value.out.offsets;
-    unit.number = arrive(reinterpret_cast<std::uint32_t*>(first), gridDim.x - 1);
+    unit.number = atomicInc(reinterpret_cast<unsigned*>(first), gridDim.x - 1);
   }
   if (thread < encode_heads) unit.bits[thread] = 0;
   __syncthreads();
@@ -126,8 +160,7 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   const pack_args& a = keys ? args.key : args.value;
   const std::int64_t number = keys ? unit.number : unit.number - args.key_units;
   const pack_units units(a.format, a.which);
-  const pack_codec& codec = a.format.codec(a.which);
-  const int dim = codec.head_dim;
+  const int dim = HeadDim != 0 ? HeadDim : a.format.codec(a.which).head_dim;
   const std::int64_t row = number / units.of_row, block = row / a.format.batch, b = row % a.format.batch;
   const int first_head = static_cast<int>(number % units.of_row) * units.heads;
   const int heads = min_of(units.heads, a.format.kv_heads - first_head);
@@ -137,17 +170,7 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
       reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
       warp * warp::group_stage_words<PackSize>;
 
-  std::uint32_t flags = 0;
-  pack_range* const ranges = pack_ranges_of(a, block, b);
-  const bool known = ranges_span_units(a.format, a.which);
-  for (int slot = warp; slot < tile_tokens; slot += encode_warps) {
-    const warp::pack_row<BFloat> line(codec, a.in, b, block * tile_tokens + pack_token(a, block, slot));
-    line.codes(first_head, heads, {known ? ranges : nullptr, known ? nullptr : ranges, slot}, flags,
-               [&](int, int head, int channel, const bytes8& x) {
-                 *reinterpret_cast<bytes8*>(codes + ((head - first_head) * tile_tokens + slot) * dim + channel) = x;
-               });
-  }
-  add_report(a.report, flags, 0);
+  write_unit_codes<BFloat, HeadDim>(a, block, b, first_head, heads, codes);
   __syncthreads();
 
   for (int item = warp; item < heads * groups; item += encode_warps) {

@@ -221,6 +221,16 @@ __global__ void __launch_bounds__(Warps * 32) find_pack_ranges(const __grid_cons
   detail::add_report(a.report, flags, 0);
 }
 
+/// Tokens by their medians, descending, equal ones as they come; the threads of a block share them.
+__device__ inline void write_median_order(const int* median, int thread, int threads, std::uint8_t* order) {
+  for (int token = thread; token < tile_tokens; token += threads) {
+    int slot = 0;  // tokens that come before this one
+    for (int t = 0; t < tile_tokens; ++t)
+      slot += median[t] > median[token] || (median[t] == median[token] && t < token) ? 1 : 0;
+    order[slot] = static_cast<std::uint8_t>(token);
+  }
+}
+
 /// The order of the tokens of every block, to `order` [blocks][64]; `a` is the V side, its ranges in the order of
 /// tokens. A block of threads per block of tokens, a warp per token. token_order::median, or none.
 template <int Warps>
@@ -251,12 +261,7 @@ __global__ void __launch_bounds__(Warps * 32) order_packs(const __grid_constant_
       __syncwarp();
     }
     __syncthreads();
-    for (int token = thread; token < tile_tokens; token += Warps * warp_threads) {
-      int slot = 0;  // tokens that come before this one
-      for (int t = 0; t < tile_tokens; ++t)
-        slot += median[t] > median[token] || (median[t] == median[token] && t < token) ? 1 : 0;
-      order[block * tile_tokens + slot] = static_cast<std::uint8_t>(token);
-    }
+    write_median_order(median, thread, Warps * warp_threads, order + block * tile_tokens);
     __syncthreads();
   }
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <packkv/codec/pack_format.hpp>
+#include <packkv/codec/pack_order.hpp>
 #include <vector>
 
 namespace packkv::reference {
@@ -78,19 +79,6 @@ inline std::uint64_t dot_bytes(const std::uint8_t* a, const std::uint8_t* b, std
     sum += static_cast<std::uint64_t>(part);
   }
   return sum;
-}
-
-/// Whether cosine dot_a / sqrt(norm_a) is greater than dot_b / sqrt(norm_b), exactly; norms are squared. A token of
-/// zeros has cosine 0.
-inline bool greater_cosine(std::uint64_t dot_a, std::uint64_t norm_a, std::uint64_t dot_b, std::uint64_t norm_b) {
-  __extension__ typedef unsigned __int128 wide;
-  return wide{dot_a} * dot_a * (norm_b == 0 ? 1 : norm_b) > wide{dot_b} * dot_b * (norm_a == 0 ? 1 : norm_a);
-}
-
-/// sum / n rounded to nearest, ties to even.
-inline std::uint32_t rounded_mean(std::uint32_t sum, std::uint32_t n) {
-  const std::uint32_t q = sum / n, twice = 2 * (sum % n);
-  return q + (twice > n || (twice == n && (q & 1u) != 0) ? 1u : 0u);
 }
 
 /// Lower median of n > 0 codes.

@@ -15,11 +15,12 @@ namespace packkv::thread {
 ///
 /// Why that is encode_code(). Let q = d / scale exactly, d = x - before as rounded there, v = q rounded to a float, and
 /// z = zero (0 if floating). The code is floor(v + 1/2) - z unless v + 1/2 is an integer. The sum has offset = 128.5 - z +
-/// 2^-14, exact in a float, and one rounding: with |q| <= |z| + 128 <= 191 it is within |q| 2^-23 + 2^-17 < 2 * 2^-16 of
-/// v + offset. As a float from 128 to 256 it has 16 bits of fraction, byte 2 above them: so byte 2 is the code unless
-/// an integer (the code's boundary, or v's tie) lies within 2 * 2^-16 of v + offset - 2^-14. Then the 16 bits, which
-/// 2^-14 moves up by 4, are below 8, and the element is divided. At 256 and above two steps are one bit, so they are
-/// below 8, too; below 128 no sum falls, because v + 128.5 - z is at least 128.
+/// 2^-14, exact in a float, and one rounding. The reciprocal is within 2^-23 of itself, v within 2^-24, so with
+/// |q| <= |z| + 128 <= 191 the sum is within 191 * 1.5 * 2^-23 + 2^-17 < 3 * 2^-16 of v + offset. As a float from 128 to
+/// 256 it has 16 bits of fraction, and byte 2 above them: so byte 2 is the code unless an integer (the code's
+/// boundary, or v's tie) lies within 3 * 2^-16 of v + offset - 2^-14. Then the 16 bits, which 2^-14 moves up by 4, are
+/// below 8, and the element is divided. At 256 and above two steps are one bit, so they are below 8, too; below 128
+/// no sum falls, because v + 128.5 - z is at least 128.
 struct code_step {
   float before, inverse;
   float offset;  ///< 0: every element is to be divided
@@ -28,10 +29,9 @@ struct code_step {
 inline constexpr float code_margin = 0x1p-14f;
 inline constexpr std::uint32_t code_near = 8;  ///< 16 bits of fraction below it: too near to a boundary
 
-/// The step of a group of elements from low to high, whose range becomes two NaNs if it cannot be coded. Adds what is
-/// to be reported to `flags`.
+/// make_code_step where a shortcut does not decide: by make_pack_step and encode_code.
 template <bool BFloat>
-__device__ inline code_step make_code_step(const pack_codec& codec, pack_range& range, std::uint32_t& flags) {
+__device__ inline code_step divided_code_step(const pack_codec& codec, pack_range& range, std::uint32_t& flags) {
   using namespace packkv::detail;
   const two_floats ends = unpack_16bit<BFloat>(range.low | std::uint32_t{range.high} << 16);
   const pack_step step = make_pack_step(codec, ends.low, ends.high);
@@ -42,13 +42,28 @@ __device__ inline code_step make_code_step(const pack_codec& codec, pack_range& 
     return {0.0f, 0.0f, 0.0f};
   }
   if (!(step.scale > 0.0f)) return {0.0f, 0.0f, 128.5f + code_margin};
-  const float largest = encode_code(codec, step, ends.high);
-  if (!(largest <= static_cast<float>(max_pack_code))) flags |= report_code_overflow;
+  if (!(encode_code(codec, step, ends.high) <= static_cast<float>(max_pack_code))) flags |= report_code_overflow;
+  return {0.0f, 0.0f, 0.0f};
+}
+
+/// The step of a group of elements from low to high, whose range becomes two NaNs if it cannot be coded. Adds what is
+/// to be reported to `flags`.
+template <bool BFloat>
+__device__ inline code_step make_code_step(const pack_codec& codec, pack_range& range, std::uint32_t& flags) {
+  using namespace packkv::detail;
+  const two_floats ends = unpack_16bit<BFloat>(range.low | std::uint32_t{range.high} << 16);
   const bool floating = codec.zero == pack_zero::floating;
-  const float zero = floating ? 0.0f : step.zero;
-  // The reciprocal of a scale within these bounds is a normal number.
-  const bool near = largest <= 127.0f && fabsf(zero) <= 63.0f && step.scale >= 0x1p-100f && step.scale <= 0x1p100f;
-  return {floating ? step.low : 0.0f, div_rn(1.0f, step.scale), near ? 128.5f + code_margin - zero : 0.0f};
+  const float before = floating ? ends.low : 0.0f, width = sub_rn(ends.high, ends.low);
+  const float scale = mul_rn(width, codec.relative_step);
+  float inverse = reciprocal_fast(scale);
+  inverse = fma_rn(inverse, fma_rn(-scale, inverse, 1.0f), inverse);
+  // The quotient of the smallest element, within 2^-15: far from a half its rounded value is the zero point.
+  const float first = floating ? 0.0f : mul_rn(ends.low, inverse), zero = rintf(first);
+  // Every float here is far from the ends of its range, no quotient is above 63 + 126, and no code above 126.
+  const bool sure = scale >= 0x1p-100f && scale <= 0x1p100f && fabsf(first) < 63.0f &&
+                    mul_rn(width, inverse) < 125.0f && fabsf(fabsf(first - zero) - 0.5f) > 0x1p-10f;
+  if (!sure) return divided_code_step<BFloat>(codec, range, flags);
+  return {before, inverse, 128.5f + code_margin - zero};
 }
 
 /// Codes of eight elements by division, as encode_code() defines them, within 0..255. Small rather than fast.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packs of four channels by one thread: smallest codes and widths, and their fields as bits.
 // One idea: four codes of a pack in a word become fields of any width by two dot products with powers of two.
-//   const auto q = thread::measure_packs<16>(codes, head_dim);   thread::fields_of_packs<16>(codes, head_dim, q, put);
+//   const auto q = thread::measure_packs<16>(codes, head_dim);   thread::fields_of_packs<16, false>(codes, head_dim, q, runs);
 #pragma once
 
 #include <packkv/detail/packed_bytes.cuh>
@@ -52,14 +52,29 @@ __device__ inline four_packs measure_packs(const std::uint8_t* codes, int stride
   return packs;
 }
 
-/// Four codes of a pack, the first in the lowest byte, as fields of `width` bits: 4 * width bits.
-__device__ inline std::uint32_t four_fields(std::uint32_t codes, int minimum, int width) {
-  using namespace packkv::detail;
-  if (width == 8) return codes - static_cast<std::uint32_t>(minimum) * 0x01010101u;
-  const std::uint32_t power = 1u << width, pair = 1u | power << 8;
-  const std::uint32_t minima = static_cast<std::uint32_t>(minimum) * (1 + power) * (1 + power * power);
-  return dot_bytes(codes, pair, 0u - minima) + (dot_bytes(codes, pair << 16, 0u) << 2 * width);
-}
+/// Makes fields of the codes of one pack. Wide: its width may be 8.
+template <bool Wide>
+class field_maker {
+ public:
+  __device__ field_maker(int minimum, int width) : wide_(width == 8) {
+    // The sum of (code - minimum) * 2^(width * i): two codes by one product each, and all minima at once.
+    const std::uint32_t power = 1u << width;
+    pair_ = 1u | power << 8;
+    square_ = power * power;
+    minima_ = static_cast<std::uint32_t>(minimum) * (1 + power) * (1 + square_);
+    if (Wide && wide_) minima_ = static_cast<std::uint32_t>(minimum) * 0x01010101u;
+  }
+  /// Four codes, the first in the lowest byte, as 4 * width bits.
+  __device__ std::uint32_t fields(std::uint32_t codes) const {
+    using namespace packkv::detail;
+    if (Wide && wide_) return codes - minima_;
+    return dot_bytes(codes, pair_, dot_bytes(codes, pair_ << 16, 0u) * square_ - minima_);
+  }
+
+ private:
+  bool wide_;
+  std::uint32_t pair_, square_, minima_;
+};
 
 /// Rows of four codes to columns.
 __device__ inline void transpose_bytes(std::uint32_t (&x)[4]) {
@@ -78,30 +93,28 @@ struct field_run {
 };
 
 /// Fields of Tokens tokens of four channels, for Tokens of 2, 4, 8 or 16; Tokens * width bits each, from bit 0 of
-/// `low` on.
-template <int Tokens>
+/// `low` on. Wide: a width may be 8.
+template <int Tokens, bool Wide>
 __device__ inline void fields_of_packs(const std::uint8_t* codes, int stride, const four_packs& packs,
                                        field_run (&runs)[4]) {
   constexpr int quads = Tokens < 4 ? 1 : Tokens / 4;
   std::uint32_t quad[quads][4];
 #pragma unroll
   for (int q = 0; q < quads; ++q) {
-    std::uint32_t x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)  // a missing token is its packs' minimum, whose fields are 0
-      x[i] = i < Tokens ? four_codes(codes + (4 * q + i) * stride) : packs.minimum;
-    transpose_bytes(x);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) quad[q][k] = four_fields(x[k], packs.minimum_of(k), packs.width_of(k));
+      quad[q][i] = i < Tokens ? four_codes(codes + (4 * q + i) * stride) : packs.minimum;
+    transpose_bytes(quad[q]);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int width = packs.width_of(k);
-    runs[k] = {quad[0][k], 0};
-    if constexpr (quads > 1) runs[k].low |= std::uint64_t{quad[1][k]} << 4 * width;
+    const field_maker<Wide> maker(packs.minimum_of(k), width);
+    runs[k] = {maker.fields(quad[0][k]), 0};
+    if constexpr (quads > 1) runs[k].low |= std::uint64_t{maker.fields(quad[1][k])} << 4 * width;
     if constexpr (quads > 2) {
-      const std::uint64_t upper = quad[2][k] | std::uint64_t{quad[3][k]} << 4 * width;
-      if (width < 8) runs[k].low |= upper << 8 * width;
+      const std::uint64_t upper = maker.fields(quad[2][k]) | std::uint64_t{maker.fields(quad[3][k])} << 4 * width;
+      if (!Wide || width < 8) runs[k].low |= upper << 8 * width;
       runs[k].high = upper >> ((64 - 8 * width) & 63);
     }
   }

@@ -45,7 +45,9 @@ __device__ inline void write_fields(std::uint32_t bytes, int bits, int count, st
   const std::uint32_t own = (bytes & 0xffu) | (bytes >> 8 & 0xffu) << bits | (bytes >> 16 & 0xffu) << 2 * bits |
                             bytes >> 24 << 3 * bits;
   // Word `lane` begins `skipped` bits into what lane `first` has.
-  const int first = 8 * lane_id() / bits, skipped = 32 * lane_id() - 4 * bits * first;
+  // The quotient by the reciprocal, which is right because it is a multiple of 1/16 away from integers.
+  const int first = static_cast<int>((static_cast<float>(8 * lane_id()) + 0.5f) * reciprocal_fast(static_cast<float>(bits)));
+  const int skipped = 32 * lane_id() - 4 * bits * first;
   std::uint32_t word = 0;
   for (int k = 0; k <= (8 + bits - 1) / bits; ++k) {
     const std::uint32_t x = shuffle(own, (first + k) % warp_threads);
@@ -56,15 +58,16 @@ __device__ inline void write_fields(std::uint32_t bytes, int bits, int count, st
 }
 
 /// The fields of one round in `stage`, `begin` bits behind its start; begin is a multiple of PackSize. Bits that are
-/// not written stay as they were with packs of 16 and 32 tokens, else what is written is ORed to them.
-template <int PackSize>
+/// not written stay as they were with packs of 16 and 32 tokens, else what is written is ORed to them. Wide: a width
+/// may be 8.
+template <int PackSize, bool Wide>
 __device__ inline void stage_fields(const std::uint8_t* codes, int dim, const thread::four_packs& packs, int begin,
                                     std::uint32_t* stage) {
   constexpr int run = PackSize < 16 ? PackSize : 16;
 #pragma unroll
   for (int first = 0; first < PackSize; first += run) {
     thread::field_run runs[4];
-    thread::fields_of_packs<run>(codes + first * dim, dim, packs, runs);
+    thread::fields_of_packs<run, Wide>(codes + first * dim, dim, packs, runs);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int width = packs.width_of(k), at = begin + packs.widths_before(k) * PackSize + first * width;
@@ -73,9 +76,12 @@ __device__ inline void stage_fields(const std::uint8_t* codes, int dim, const th
       } else {
         std::uint16_t* const halves = reinterpret_cast<std::uint16_t*>(stage) + at / 16;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (i < width)
-            halves[i] = static_cast<std::uint16_t>((i < 4 ? runs[k].low : runs[k].high) >> 16 * (i % 4));
+        for (int i = 0; i < 4; ++i)
+          if (i < width) halves[i] = static_cast<std::uint16_t>(runs[k].low >> 16 * i);
+        if (width <= 4) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i + 4 < width) halves[i + 4] = static_cast<std::uint16_t>(runs[k].high >> 16 * i);
       }
     }
   }
@@ -104,7 +110,13 @@ __device__ inline void write_group(const pack_tile& shape, int g, int start, con
       for (int i = lane_id() + (taken > 0 ? 1 : 0); i < whole + (rest > 0 ? 1 : 0); i += warp_threads) stage[i] = 0;
       __syncwarp();
     }
-    if (c < dim) stage_fields<PackSize>(codes + c, dim, x, taken + (end - widths) * PackSize, stage);
+    if (c < dim) {
+      const int begin = taken + (end - widths) * PackSize;
+      if (shape.width_bits < 4)
+        stage_fields<PackSize, false>(codes + c, dim, x, begin, stage);
+      else
+        stage_fields<PackSize, true>(codes + c, dim, x, begin, stage);
+    }
     __syncwarp();
     const std::uint32_t mask = (1u << rest) - 1;
     const bool last = first + group_round >= dim;

@@ -2,8 +2,7 @@
 // The codes of one token of packs whose channels lie side by side, by a warp: granularities token and vector.
 // One idea: four 16-byte loads of a lane hold up to 1,024 channels of several heads in registers, from the search for
 // the smallest and largest element to the codes, so that memory is read once.
-//   warp::pack_row<BFloat> row(codec, in, b, token);
-//   row.codes(first_head, heads, {nullptr, ranges, slot}, flags, [&](int k, int head, int channel, bytes8 codes) { .. });
+//   warp::for_each_code<BFloat>(codec, in, b, kv_heads, token, [&](int load, int head, int channel, bytes8 codes) { .. });
 #pragma once
 
 #include <packkv/core/views.hpp>
@@ -11,136 +10,70 @@
 
 namespace packkv::warp {
 
-/// Which lane loads which channels: lane l of a head's lanes those from 8 l on.
+/// Which lane loads which channels: lane l of a head's lanes those from 8 l on. Powers of two, kept as exponents.
 struct pack_row_shape {
   static constexpr int loads = 4;
 
-  int lanes;          ///< of one head, a power of two; the last may have nothing to load
-  int heads_of_load;  ///< heads that one load of the warp covers
-  int loads_of_head;  ///< 1, or 2 with 512 channels
+  int lane_bits;  ///< 2^lane_bits lanes have one head; the last may have nothing to load
+  int load_bits;  ///< 2^load_bits loads have one head: 2 with 512 channels, else 1
 
   PACKKV_HOST_DEVICE constexpr explicit pack_row_shape(int head_dim)
-      : lanes(head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32),
-        heads_of_load(32 / lanes),
-        loads_of_head(head_dim > 256 ? 2 : 1) {}
+      : lane_bits(head_dim <= 64 ? 3 : head_dim <= 128 ? 4 : 5), load_bits(head_dim > 256 ? 1 : 0) {}
   /// Heads of a chunk, which is what a warp holds at a time.
-  PACKKV_HOST_DEVICE constexpr int heads() const { return loads * heads_of_load / loads_of_head; }
+  PACKKV_HOST_DEVICE constexpr int heads() const { return (loads * 32) >> (lane_bits + load_bits); }
+  /// What a lane has of a load.
+  PACKKV_HOST_DEVICE constexpr int head(int load, int lane) const {
+    return ((load >> load_bits) << (5 - lane_bits)) + (lane >> lane_bits);
+  }
+  PACKKV_HOST_DEVICE constexpr int channel(int load, int lane) const {
+    return 8 * lane_within(lane) + 256 * (load & load_bits);
+  }
+  PACKKV_HOST_DEVICE constexpr int lane_within(int lane) const { return lane & ((1 << lane_bits) - 1); }
 };
 
-/// Where the ranges of a token lie: those of a batch row and block, [range_count()].
-struct pack_row_ranges {
-  const pack_range* given;  ///< if not null, they are known
-  pack_range* found;        ///< else they are found, and written here unless null
-  int slot;                 ///< of the token in both
-};
+/// A range as one word; 4-byte aligned.
+__device__ inline void store_range(pack_range* to, const pack_range& range) {
+  *reinterpret_cast<std::uint32_t*>(to) = range.low | std::uint32_t{range.high} << 16;
+}
 
-template <bool BFloat>
-class pack_row {
+/// Heads that a warp holds at a time, of any token. Calls are of the whole warp. HeadDim 0: any that formats may have.
+template <bool BFloat, int HeadDim = 0>
+class pack_chunk {
  public:
-  /// in [batch, kv_heads, tokens, D]: contiguous channels, 16-byte aligned rows.
-  __device__ pack_row(const pack_codec& codec, const input_view<4>& in, std::int64_t b, std::int64_t token)
+  using elements = packkv::detail::bytes16[pack_row_shape::loads];
+
+  /// in [batch, kv_heads, tokens, D]: contiguous channels, 16-byte aligned rows; 0 < heads <= pack_row_shape::heads().
+  __device__ pack_chunk(const pack_codec& codec, const input_view<4>& in, std::int64_t b, int first_head, int heads)
       : codec_(codec),
-        shape_(codec.head_dim),
-        head_stride_(in.stride[1]),
-        row_(static_cast<const char*>(packkv::detail::address(in, b, 0, token, 0))) {}
-
-  /// visit(load, head, channel, codes) for 8 codes of `heads` heads from `first_head` on, of which `head` is one: in
-  /// every lane that has them; in chunks of shape().heads() heads. Token granularity: all heads, unless ranges are
-  /// given. The whole warp takes part; `visit` must not need it.
-  template <class Visit>
-  __device__ void codes(int first_head, int heads, const pack_row_ranges& ranges, std::uint32_t& flags,
-                        Visit&& visit) const {
-    using namespace packkv::detail;
-    const bool of_heads = codec_.granularity == pack_granularity::vector;
-    const bool twice = !of_heads && ranges.given == nullptr && heads > shape_.heads();
-    std::uint32_t whole = nothing;
-    bytes16 x[pack_row_shape::loads];
-    if (twice) {
-      for (int h = 0; h < heads; h += shape_.heads()) {
-        load(first_head + h, heads - h, x);
-        whole = min_floats16<BFloat>(whole, extent(x, heads - h));
-      }
-      whole = among(whole, warp_threads);
-    }
-    for (int h = 0; h < heads; h += shape_.heads()) {
-      load(first_head + h, heads - h, x);
-      // The lane makes the step of load lane % 4 of its head, or that of the token.
-      const int own = lane_id() % pack_row_shape::loads, own_head = first_head + h + head_of(own);
-      const bool exists = !of_heads || head_of(own) < heads - h;
-      const int index = of_heads ? own_head * tile_tokens + ranges.slot : ranges.slot;
-      pack_range range;
-      std::uint32_t found = 0;
-      if (ranges.given != nullptr) {
-        if (exists) range = ranges.given[index];
-      } else if (of_heads) {
-        const std::uint32_t key = extent_of_own(x, heads - h);
-        if (exists) range = range_of(key);
-      } else {
-        range = range_of(twice ? whole : among(extent(x, heads - h), warp_threads));
-      }
-      const thread::code_step step = thread::make_code_step<BFloat>(codec_, range, found);
-      if (ranges.given == nullptr && exists) flags |= found;
-      const bool writes = of_heads ? lane_id() % shape_.lanes < pack_row_shape::loads && own % shape_.loads_of_head == 0
-                                   : lane_id() == 0 && h == 0;
-      if (ranges.given == nullptr && ranges.found != nullptr && exists && writes) ranges.found[index] = range;
-#pragma unroll
-      for (int k = 0; k < pack_row_shape::loads; ++k) {
-        thread::code_step s = step;
-        pack_range r = range;
-        if (of_heads) {
-          const int from = lane_id() / shape_.lanes * shape_.lanes + k;
-          s = {shuffle(step.before, from), shuffle(step.inverse, from), shuffle(step.offset, from)};
-          const std::uint32_t bits = shuffle(range.low | std::uint32_t{range.high} << 16, from);
-          r = {static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
-        }
-        if (is_loaded(k, heads - h))
-          visit(k, first_head + h + head_of(k), channel_of(k), thread::codes_of<BFloat>(codec_, r, s, x[k]));
-      }
-    }
-  }
-
-  /// Finds the ranges alone, which `codes` would find.
-  __device__ void find_ranges(int heads, const pack_row_ranges& ranges, std::uint32_t& flags) const {
-    codes(0, heads, ranges, flags, [](int, int, int, const packkv::detail::bytes8&) {});
-  }
-
-  __device__ const pack_row_shape& shape() const { return shape_; }
-
- private:
-  /// Smallest element in the low half, and the largest with its sign changed in the high one: both are minima.
-  static constexpr std::uint32_t nothing = BFloat ? 0x7f807f80u : 0x7c007c00u;
-
-  __device__ int head_of(int load) const {
-    return load / shape_.loads_of_head * shape_.heads_of_load + packkv::detail::lane_id() / shape_.lanes;
-  }
-  __device__ int channel_of(int load) const {
-    return packkv::detail::lane_id() % shape_.lanes * 8 + load % shape_.loads_of_head * 256;
-  }
-  __device__ bool is_loaded(int load, int heads) const {
-    return head_of(load) < heads && channel_of(load) < codec_.head_dim;
-  }
-  __device__ void load(int first_head, int heads, packkv::detail::bytes16 (&x)[pack_row_shape::loads]) const {
+        shape_(HeadDim != 0 ? HeadDim : codec.head_dim),
+        first_head_(first_head),
+        token_stride_(in.stride[2]),
+        head_step_(in.stride[1] << (5 - shape_.lane_bits)),
+        data_(static_cast<const char*>(in.data) + b * in.stride[0] +
+              (first_head + shape_.head(0, packkv::detail::lane_id())) * in.stride[1] +
+              2 * shape_.channel(0, packkv::detail::lane_id())) {
+    const int lane = packkv::detail::lane_id(), dim = HeadDim != 0 ? HeadDim : codec.head_dim;
 #pragma unroll
     for (int k = 0; k < pack_row_shape::loads; ++k)
-      x[k] = is_loaded(k, heads) ? packkv::detail::load16(row_ + (first_head + head_of(k)) * head_stride_ +
-                                                          2 * channel_of(k))
-                                 : packkv::detail::bytes16{};
+      loaded_[k] = shape_.head(k, lane) < heads && shape_.channel(k, lane) < dim;
   }
 
-  /// Of the lane's elements of one load, or of all.
-  __device__ static std::uint32_t extent(const packkv::detail::bytes16& x) {
-    using namespace packkv::detail;
-    return folded(min_floats16<BFloat>(min_floats16<BFloat>(x.word[0], x.word[1]),
-                                       min_floats16<BFloat>(x.word[2], x.word[3])),
-                  max_floats16<BFloat>(max_floats16<BFloat>(x.word[0], x.word[1]),
-                                       max_floats16<BFloat>(x.word[2], x.word[3])));
+  __device__ void load(std::int64_t token, elements& x) const {
+    const char* const row = data_ + token * token_stride_;
+#pragma unroll
+    for (int k = 0; k < pack_row_shape::loads; ++k) {
+      const char* const at = row + (shape_.load_bits == 1 ? (k / 2) * head_step_ + (k % 2) * 512 : k * head_step_);
+      x[k] = loaded_[k] ? packkv::detail::load16(at) : packkv::detail::bytes16{};
+    }
   }
-  __device__ std::uint32_t extent(const packkv::detail::bytes16 (&x)[pack_row_shape::loads], int heads) const {
+
+  /// Extent of the lane's elements; combine() joins it with another.
+  __device__ std::uint32_t extent(const elements& x) const {
     using namespace packkv::detail;
     std::uint32_t low = nothing, high = nothing ^ 0x80008000u;
 #pragma unroll
     for (int k = 0; k < pack_row_shape::loads; ++k) {
-      if (!is_loaded(k, heads)) continue;
+      if (!loaded_[k]) continue;
 #pragma unroll
       for (const std::uint32_t word : x[k].word) {
         low = min_floats16<BFloat>(low, word);
@@ -149,30 +82,86 @@ class pack_row {
     }
     return folded(low, high);
   }
+  __device__ static std::uint32_t combine(std::uint32_t a, std::uint32_t b) {
+    return packkv::detail::min_floats16<BFloat>(a, b);
+  }
+  __device__ static pack_range range_of_lanes(std::uint32_t key) { return range_of(among<32>(key)); }
+
+  /// visit(load, head, channel, codes) in every lane that has them, under one range.
+  template <class Visit>
+  __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step,
+                        Visit&& visit) const {
+#pragma unroll
+    for (int k = 0; k < pack_row_shape::loads; ++k)
+      if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, range, step, x[k]));
+  }
+
+  /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the step of load lane % 4 of its head.
+  template <class Visit>
+  __device__ void codes_of_heads(const elements& x, int slot, pack_range* ranges, std::uint32_t& flags,
+                                 Visit&& visit) const {
+    using namespace packkv::detail;
+    const int own = lane_id() % pack_row_shape::loads, group = lane_id() - shape_.lane_within(lane_id());
+    const bool exists = own < 2 ? (own == 0 ? loaded_[0] : loaded_[1]) : (own == 2 ? loaded_[2] : loaded_[3]);
+    pack_range range = range_of(extent_of_own(x));
+    if (!exists) range = {};
+    const thread::code_step step = thread::make_code_step<BFloat>(codec_, range, flags);
+    if (ranges != nullptr && exists && lane_id() - group < pack_row_shape::loads && (own & shape_.load_bits) == 0)
+      store_range(ranges + (first_head_ + shape_.head(own, lane_id())) * tile_tokens + slot, range);
+    const std::uint32_t range_bits = range.low | std::uint32_t{range.high} << 16;
+#pragma unroll
+    for (int k = 0; k < pack_row_shape::loads; ++k) {
+      const thread::code_step s{shuffle(step.before, group + k), shuffle(step.inverse, group + k),
+                                shuffle(step.offset, group + k)};
+      const std::uint32_t bits = shuffle(range_bits, group + k);
+      const pack_range r{static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
+      if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, r, s, x[k]));
+    }
+  }
+
+  /// Smallest element in the low half, and the largest with its sign changed in the high one, so that both are minima.
+  static constexpr std::uint32_t nothing = BFloat ? 0x7f807f80u : 0x7c007c00u;
+
+ private:
+  __device__ int head(int load) const { return first_head_ + shape_.head(load, packkv::detail::lane_id()); }
+  __device__ int channel(int load) const { return shape_.channel(load, packkv::detail::lane_id()); }
+
+  /// Of both halves of two words, of a load, of `Lanes` neighbouring lanes.
   __device__ static std::uint32_t folded(std::uint32_t low, std::uint32_t high) {
     using namespace packkv::detail;
     low = min_floats16<BFloat>(low, select_bytes(low, low, 0x1032));
     high = max_floats16<BFloat>(high, select_bytes(high, high, 0x1032));
     return select_bytes(low, high ^ 0x80008000u, 0x5410);
   }
-  /// Of `lanes` neighbouring lanes.
-  __device__ static std::uint32_t among(std::uint32_t key, int lanes) {
-    for (int m = lanes / 2; m > 0; m /= 2)
-      key = packkv::detail::min_floats16<BFloat>(key, packkv::detail::shuffle_xor(key, m));
+  __device__ static std::uint32_t extent(const packkv::detail::bytes16& x) {
+    using namespace packkv::detail;
+    return folded(min_floats16<BFloat>(min_floats16<BFloat>(x.word[0], x.word[1]),
+                                       min_floats16<BFloat>(x.word[2], x.word[3])),
+                  max_floats16<BFloat>(max_floats16<BFloat>(x.word[0], x.word[1]),
+                                       max_floats16<BFloat>(x.word[2], x.word[3])));
+  }
+  template <int Lanes>
+  __device__ static std::uint32_t among(std::uint32_t key) {
+#pragma unroll
+    for (int m = 1; m < Lanes; m *= 2) key = combine(key, packkv::detail::shuffle_xor(key, m));
     return key;
   }
   /// Of the head of load lane % 4.
-  __device__ std::uint32_t extent_of_own(const packkv::detail::bytes16 (&x)[pack_row_shape::loads], int heads) const {
+  __device__ std::uint32_t extent_of_own(const elements& x) const {
     using namespace packkv::detail;
     std::uint32_t key[pack_row_shape::loads];
 #pragma unroll
     for (int k = 0; k < pack_row_shape::loads; ++k) {
-      key[k] = is_loaded(k, heads) ? extent(x[k]) : nothing;
-      key[k] = among(key[k], shape_.lanes);
+      key[k] = among<8>(loaded_[k] ? extent(x[k]) : nothing);
+#pragma unroll
+      for (int bits = 3; bits < 5; ++bits) {
+        const std::uint32_t other = shuffle_xor(key[k], 1 << bits);
+        if (bits < shape_.lane_bits) key[k] = combine(key[k], other);
+      }
     }
-    if (shape_.loads_of_head == 2) {
-      key[0] = key[1] = min_floats16<BFloat>(key[0], key[1]);
-      key[2] = key[3] = min_floats16<BFloat>(key[2], key[3]);
+    if (shape_.load_bits == 1) {
+      key[0] = key[1] = combine(key[0], key[1]);
+      key[2] = key[3] = combine(key[2], key[3]);
     }
     const int own = lane_id() % pack_row_shape::loads;
     return own < 2 ? (own == 0 ? key[0] : key[1]) : (own == 2 ? key[2] : key[3]);
@@ -185,8 +174,49 @@ class pack_row {
 
   const pack_codec& codec_;
   pack_row_shape shape_;
-  std::int64_t head_stride_;
-  const char* row_;
+  int first_head_;
+  std::int64_t token_stride_, head_step_;  ///< head_step: from a load to that of the next heads
+  const char* data_;                       ///< of load 0 of token 0
+  bool loaded_[pack_row_shape::loads];
 };
+
+/// The range of all heads of a token: token granularity.
+template <bool BFloat>
+__device__ inline pack_range find_token_range(const pack_codec& codec, const input_view<4>& in, std::int64_t b,
+                                              int kv_heads, std::int64_t token) {
+  const int most = pack_row_shape(codec.head_dim).heads();
+  std::uint32_t key = pack_chunk<BFloat>::nothing;
+  for (int h = 0; h < kv_heads; h += most) {
+    const pack_chunk<BFloat> chunk(codec, in, b, h, min_of(most, kv_heads - h));
+    typename pack_chunk<BFloat>::elements x;
+    chunk.load(token, x);
+    key = pack_chunk<BFloat>::combine(key, chunk.extent(x));
+  }
+  return pack_chunk<BFloat>::range_of_lanes(key);
+}
+
+/// visit(load, head, channel, codes) for all heads of a token, whatever their number; the ranges are found.
+template <bool BFloat, class Visit>
+__device__ inline void for_each_code(const pack_codec& codec, const input_view<4>& in, std::int64_t b, int kv_heads,
+                                     std::int64_t token, Visit&& visit) {
+  const int most = pack_row_shape(codec.head_dim).heads();
+  const bool of_heads = codec.granularity == pack_granularity::vector;
+  std::uint32_t flags = 0;  // of the encoder, which finds the same
+  pack_range range{};
+  if (!of_heads && kv_heads > most) range = find_token_range<BFloat>(codec, in, b, kv_heads, token);
+  for (int h = 0; h < kv_heads; h += most) {
+    const pack_chunk<BFloat> chunk(codec, in, b, h, min_of(most, kv_heads - h));
+    typename pack_chunk<BFloat>::elements x;
+    chunk.load(token, x);
+    if (of_heads) {
+      chunk.codes_of_heads(x, 0, nullptr, flags, visit);
+    } else {
+      if (kv_heads <= most) range = pack_chunk<BFloat>::range_of_lanes(chunk.extent(x));
+      pack_range copy = range;
+      const thread::code_step step = thread::make_code_step<BFloat>(codec, copy, flags);
+      chunk.codes(x, copy, step, visit);
+    }
+  }
+}
 
 }  // namespace packkv::warp

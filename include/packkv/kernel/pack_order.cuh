@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels that find the orders median and greedy of packs, before encode_packs; a block of threads per block of tokens.
+// One idea: codes are made from the elements once more, instead of being stored for the encoder.
+#pragma once
+
+#include <packkv/block/greedy_order.cuh>
+#include <packkv/kernel/packs.cuh>
+#include <packkv/warp/pack_row.cuh>
+
+namespace packkv::kernel {
+
+inline constexpr int median_warps = 8;   ///< of a block of order_by_median
+inline constexpr int greedy_warps = 16;  ///< of order_by_greed
+
+/// The lower median of the codes of a warp, of which each lane has eight words; `total` of them count, the others are
+/// 255.
+__device__ inline int median_of_words(std::uint32_t (&x)[8], std::int64_t total) {
+  using namespace packkv::detail;
+  // The greatest m that at most (total - 1) / 2 codes are smaller than, bit by bit.
+  const int most = static_cast<int>((total - 1) / 2);
+  int median = 0;
+  for (int bit = 128; bit > 0; bit /= 2) {
+    const std::uint32_t m = static_cast<std::uint32_t>(median | bit) * 0x00010001u;
+    std::uint32_t smaller = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Bit 15 of a half is what is borrowed if its byte is below m.
+      const std::uint32_t even = ((x[i] & 0x00ff00ffu) | 0x80008000u) - m;
+      const std::uint32_t odd = ((x[i] >> 8 & 0x00ff00ffu) | 0x80008000u) - m;
+      smaller += static_cast<std::uint32_t>(__popc((~even & 0x80008000u) | (~odd & 0x80008000u) >> 1));
+    }
+    if (static_cast<int>(warp_sum_unsigned(smaller)) <= most) median |= bit;
+  }
+  return median;
+}
+
+/// The median order of every block, to `order` [blocks][64]; `a` is the V side. Warps a multiple of 2.
+template <bool BFloat, int Warps>
+__global__ void __launch_bounds__(Warps * 32) order_by_median(const __grid_constant__ pack_args a,
+                                                              std::uint8_t* order) {
+  using namespace packkv::detail;
+  __shared__ std::uint32_t count[Warps][max_pack_code + 1];
+  __shared__ int median[tile_tokens];
+  const pack_codec& codec = a.format.codec(a.which);
+  const int heads = a.format.kv_heads;
+  const std::int64_t channels = std::int64_t{a.format.batch} * heads * codec.head_dim;
+  const bool in_registers = a.format.batch == 1 && heads <= warp::pack_row_shape(codec.head_dim).heads();
+  std::uint32_t* const mine = count[warp_id()];
+  std::uint32_t flags = 0;  // the encoder reports
+  for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
+    for (int t = warp_id(); t < tile_tokens; t += Warps) {
+      int value;
+      if (in_registers) {
+        std::uint32_t x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = ~0u;
+        const warp::pack_row<BFloat> row(codec, a.in, 0, block * tile_tokens + t);
+        row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int load, int, int, const bytes8& codes) {
+          x[2 * load] = codes.word[0];
+          x[2 * load + 1] = codes.word[1];
+        });
+        value = median_of_words(x, channels);
+      } else {
+        for (int i = lane_id(); i <= max_pack_code; i += warp_threads) mine[i] = 0;
+        __syncwarp();
+        for (int b = 0; b < a.format.batch; ++b) {
+          const warp::pack_row<BFloat> row(codec, a.in, b, block * tile_tokens + t);
+          row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int, int, int, const bytes8& codes) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
+          });
+        }
+        __syncwarp();
+        value = median_code(mine, channels);
+        __syncwarp();
+      }
+      if (lane_id() == 0) median[t] = value;
+    }
+    __syncthreads();
+    write_median_order(median, static_cast<int>(threadIdx.x), Warps * warp_threads, order + block * tile_tokens);
+    __syncthreads();
+  }
+}
+
+/// Both sides for the greedy order; `fast`: by warp::pack_row, else with the ranges that find_pack_ranges wrote.
+struct greedy_args {
+  pack_args key, value;
+  bool key_fast, value_fast;
+  std::uint8_t* order;      ///< [blocks][64]
+  std::uint8_t* workspace;  ///< greedy_bytes() for each block of threads, if codes do not fit shared memory
+};
+
+/// Codes and states of the greedy order that one block of threads keeps in global memory.
+PACKKV_HOST_DEVICE constexpr std::int64_t greedy_bytes(const block::code_rows& rows) {
+  return rows.bytes() + rows.slabs() * std::int64_t{packkv::detail::warp_threads} * sizeof(block::slab_state);
+}
+
+/// Codes of all tokens of a side of a block, to rows of bytes; a warp per token.
+template <bool BFloat, int Warps>
+__device__ inline void write_code_rows(const pack_args& a, bool fast, std::int64_t block, std::int64_t stride,
+                                       std::uint8_t* rows) {
+  using namespace packkv::detail;
+  const pack_codec& codec = a.format.codec(a.which);
+  const int dim = codec.head_dim, heads = a.format.kv_heads;
+  std::uint32_t flags = 0;  // others report
+  for (int t = warp_id(); t < tile_tokens; t += Warps)
+    for (int b = 0; b < a.format.batch; ++b) {
+      std::uint8_t* const to = rows + t * stride + std::int64_t{b} * heads * dim;
+      if (fast) {
+        const warp::pack_row<BFloat> row(codec, a.in, b, block * tile_tokens + t);
+        row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int, int head, int channel, const bytes8& codes) {
+          *reinterpret_cast<bytes8*>(to + std::int64_t{head} * dim + channel) = codes;
+        });
+      } else {
+        for (int i = lane_id(); i < heads * dim; i += warp_threads) {
+          const pack_range range = pack_ranges_of(a, block, b)[range_index(codec, i / dim, t, i % dim)];
+          to[i] = static_cast<std::uint8_t>(pack_code(a, range, pack_element(a, block, b, i / dim, t, i % dim)));
+        }
+      }
+    }
+}
+
+/// The greedy order of every block. Shared: codes lie in dynamic shared memory of code_rows::bytes().
+template <bool BFloat, bool Shared>
+__global__ void __launch_bounds__(greedy_warps * 32) order_by_greed(const __grid_constant__ greedy_args a) {
+  using namespace packkv::detail;
+  __shared__ block::greedy_storage storage;
+  const block::code_rows rows(a.key.format);
+  std::uint8_t* codes;
+  block::slab_state* states = nullptr;
+  if constexpr (Shared) {
+    codes = dynamic_shared();
+  } else {
+    codes = a.workspace + blockIdx.x * greedy_bytes(rows);
+    states = reinterpret_cast<block::slab_state*>(codes + rows.bytes());
+  }
+  for (std::int64_t block = blockIdx.x; block < a.key.blocks; block += gridDim.x) {
+    write_code_rows<BFloat, greedy_warps>(a.key, a.key_fast, block, rows.stride, codes);
+    write_code_rows<BFloat, greedy_warps>(a.value, a.value_fast, block, rows.stride, codes + rows.first_value);
+    for (int t = warp_id(); t < tile_tokens; t += greedy_warps)
+      for (std::int64_t i = rows.channels + 4 * lane_id(); i < rows.stride; i += 4 * warp_threads)
+        *reinterpret_cast<std::uint32_t*>(codes + t * rows.stride + i) = 0;
+    __syncthreads();
+    block::greedy_order<greedy_warps, Shared>(storage, codes, rows, a.key.format.pack_size, states)
+        .run(a.order + block * tile_tokens);
+    __syncthreads();
+  }
+}
+
+}  // namespace packkv::kernel
