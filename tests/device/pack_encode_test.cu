@@ -26,15 +26,16 @@ void check_compress(pack_case& c) {
   INFO(name_of(c.format) << ", heads " << c.format.kv_heads << ", batch " << c.format.batch << ", blocks " << c.blocks);
   REQUIRE(c.compress());
   device_side key(c.format, side::key, c.blocks), value(c.format, side::value, c.blocks);
-  device_array<std::uint8_t> slots(c.order);
-  pk::pack_order order{slots.data(), nullptr};
-  if (c.format.order != token_order::greedy) {
-    slots.poison();
-    order = {nullptr, slots.data()};
-  }
+  device_array<std::uint8_t> slots(c.order.size());
+  slots.poison();
   c.report.assign(std::vector<pk::device_report>(1));
-  REQUIRE(pk::compress(c.format, c.keys.device(), c.values.device(), c.blocks, key.out(), value.out(), order,
-                       c.exec()));
+  pk::exec e = c.exec();
+  device_array<std::uint8_t> workspace(static_cast<std::size_t>(pk::pack_workspace_bytes(c.format, c.blocks)));
+  workspace.poison();
+  e.workspace = workspace.data();
+  e.workspace_bytes = workspace.size();
+  REQUIRE(pk::compress(c.format, c.keys.device(), c.values.device(), c.blocks, key.out(), value.out(),
+                       {nullptr, slots.data()}, e));
   CHECK(slots.host() == c.order);
   CHECK(key.equals(c.key));
   CHECK(value.equals(c.value));

@@ -8,14 +8,16 @@
 #include <packkv/device/exec.cuh>
 #include <packkv/kernel/offset_scan.cuh>
 #include <packkv/kernel/pack_encode.cuh>
+#include <packkv/kernel/pack_order.cuh>
+#include <packkv/policy/machine.hpp>
 #include <packkv/kernel/packs.cuh>
 
 namespace packkv {
 
 /// The orders of tokens that a compress into packs reads or writes: device uint8 [blocks][64], the token of each slot.
 struct pack_order {
-  const std::uint8_t* given = nullptr;  ///< token_order::greedy reads it (reference::token_orders makes it); else null
-  std::uint8_t* computed = nullptr;     ///< median writes it and needs it, none writes it unless null; greedy: null
+  const std::uint8_t* given = nullptr;  ///< an order that is known, for token_order::greedy alone; else null
+  std::uint8_t* computed = nullptr;     ///< median, and greedy if none is given, write it and need it; none unless null
 };
 
 namespace detail {
@@ -23,18 +25,12 @@ namespace detail {
 inline constexpr int pack_threads = kernel::pack_warps * warp_threads;
 
 inline status check_pack_order(const pack_format& f, std::int64_t blocks, const pack_order& order) {
-  if (f.order == token_order::greedy) {
-    if (order.computed != nullptr)
-      return refuse(status_code::invalid_argument, "the greedy order is an input: pack_order::computed must be null");
-    if (order.given == nullptr && blocks > 0)
-      return refuse(status_code::invalid_argument,
-                    "the greedy order is computed on the CPU (reference::token_orders): pack_order::given is null");
-    return {};
-  }
-  if (order.given != nullptr)
+  if (order.given != nullptr && f.order != token_order::greedy)
     return refuse(status_code::invalid_argument, "only the greedy order is given: pack_order::given must be null");
-  if (f.order == token_order::median && order.computed == nullptr && blocks > 0)
-    return refuse(status_code::invalid_argument, "the median order is kept in pack_order::computed, which is null");
+  if (order.given != nullptr && order.computed != nullptr)
+    return refuse(status_code::invalid_argument, "a greedy order is given or computed: one of pack_order must be null");
+  if (f.order != token_order::none && order.given == nullptr && order.computed == nullptr && blocks > 0)
+    return refuse(status_code::invalid_argument, "the order is kept in pack_order::computed, which is null");
   return {};
 }
 
@@ -45,14 +41,62 @@ inline status find_pack_ranges(const kernel::pack_args& a, cudaStream_t stream) 
                 grid_for(ceil_div<std::int64_t>(groups, kernel::pack_warps)), pack_threads, stream, a);
 }
 
-/// The order of the blocks, if there is one to compute or to check; `a` is the V side.
-inline status find_pack_order(const kernel::pack_args& a, const pack_order& order, cudaStream_t stream) {
-  if (order.computed != nullptr)
-    return launch(kernel::order_packs<kernel::pack_warps>, grid_for(a.blocks), pack_threads, stream, a, order.computed);
+/// Shared memory that a block of threads may have where code of this kernel's architecture runs.
+template <class... Parameter>
+inline status shared_limit(void (*kernel)(Parameter...), int& bytes) {
+  int architecture = 0;
+  const status s = compiled_architecture(kernel, architecture);
+  bytes = policy::shared_kib_of(architecture) * 1024 - policy::shared_bytes_per_block;
+  return s;
+}
+
+inline constexpr int greedy_blocks = 264;  ///< most blocks of threads whose codes lie in global memory: 2 an SM
+
+/// Whether codes of the greedy order fit shared memory.
+inline bool greedy_fits(const pack_format& f, int shared_bytes) {
+  const block::code_rows rows(f);
+  return rows.slabs() <= kernel::greedy_warps &&
+         rows.bytes() + std::int64_t{sizeof(block::greedy_storage)} <= shared_bytes;
+}
+inline checked greedy_workspace(const pack_format& f, std::int64_t blocks) {
+  return checked(min_of<std::int64_t>(blocks, greedy_blocks)) * kernel::greedy_bytes(block::code_rows(f)) +
+         workspace_counter_bytes;
+}
+
+template <bool BFloat>
+inline status find_greedy_order(const kernel::pack_args& key, const kernel::pack_args& value, bool key_fast,
+                                bool value_fast, std::uint8_t* order, const exec& e) {
+  int limit = 0;
+  if (const status s = shared_limit(kernel::order_by_greed<BFloat, true>, limit); !s) return s;
+  constexpr int threads = kernel::greedy_warps * warp_threads;
+  kernel::greedy_args args{key, value, key_fast, value_fast, order, nullptr};
+  if (greedy_fits(key.format, limit))
+    return launch(kernel::order_by_greed<BFloat, true>, grid_for(key.blocks),
+                  block_size(threads, static_cast<int>(block::code_rows(key.format).bytes())), e.stream, args);
+  args.workspace = static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes;
+  return launch(kernel::order_by_greed<BFloat, false>, grid_for(min_of<std::int64_t>(key.blocks, greedy_blocks)),
+                threads, e.stream, args);
+}
+
+/// The order of the blocks, if there is one to compute or to check. Ranges of a side that is not fast are those that
+/// find_pack_ranges wrote.
+inline status find_pack_order(const kernel::pack_args& key, const kernel::pack_args& value, bool key_fast,
+                              bool value_fast, const pack_order& order, const exec& e) {
+  const std::int64_t blocks = value.blocks;
+  const bool bfloat = value.format.element == dtype::bfloat16;
   if (order.given != nullptr)
     return launch(kernel::check_pack_order<kernel::pack_warps>,
-                  grid_for(ceil_div<std::int64_t>(a.blocks, kernel::pack_warps)), pack_threads, stream, a);
-  return {};
+                  grid_for(ceil_div<std::int64_t>(blocks, kernel::pack_warps)), pack_threads, e.stream, value);
+  if (order.computed == nullptr) return {};
+  if (value.format.order == token_order::greedy)
+    return bfloat ? find_greedy_order<true>(key, value, key_fast, value_fast, order.computed, e)
+                  : find_greedy_order<false>(key, value, key_fast, value_fast, order.computed, e);
+  if (value.format.order == token_order::median && value_fast)
+    return launch(bfloat ? kernel::order_by_median<true, kernel::median_warps>
+                         : kernel::order_by_median<false, kernel::median_warps>,
+                  grid_for(blocks), kernel::median_warps * warp_threads, e.stream, value, order.computed);
+  return launch(kernel::order_packs<kernel::pack_warps>, grid_for(blocks), pack_threads, e.stream, value,
+                order.computed);
 }
 
 /// Tiles and offsets of one side, whose ranges are in the order of tokens before and in that of slots after it.
@@ -135,15 +179,30 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
 
 }  // namespace detail
 
+/// Bytes of exec::workspace that compress needs: none, unless it computes the greedy order of more codes than shared
+/// memory holds (64 bytes a channel of K and V, all heads and batch rows). shared_kib: of an SM of the machine, one of
+/// policy::shared_kib_choices, or 0 for a size that suffices everywhere. 0 as well if it does not fit 63 bits.
+inline std::int64_t pack_workspace_bytes(const pack_format& f, std::int64_t blocks, int shared_kib = 0) {
+  if (f.order != token_order::greedy || blocks <= 0 || !check_format(f)) return 0;
+  const int least = shared_kib != 0 ? shared_kib : policy::shared_kib_choices[2];
+  if (detail::greedy_fits(f, least * 1024 - policy::shared_bytes_per_block)) return 0;
+  return detail::greedy_workspace(f, blocks).value();
+}
+
 /// Codes the first `blocks` * 64 tokens (PackKV's own choice is coded_blocks(tokens)), in stream order; capturable in a
-/// graph. The bytes are those of reference::compress. Uses no workspace.
+/// graph. The bytes are those of reference::compress.
+///
+/// Sides of granularity token or vector whose channels lie side by side (stride 2 bytes) in rows that are multiples
+/// of 16 bytes apart are coded by fast kernels, which read each element once, and once more for an order; the others by
+/// general ones, which compute codes several times.
 /// \param keys,values device memory [batch, kv_heads, tokens, D_k / D_v], float16 or bfloat16 as the format says, any
 ///        strides (bytes).
 /// \param key, value where the packs go, in device memory: ranges at 4, offsets at 8, data at 16 bytes. `capacity` is
 /// at
 ///        least max_pack_bytes(), because the size of the tiles is known on the device alone: offsets[tile_count()].
 ///        Bytes of `data` behind that are left as they were.
-/// \param order the tokens of slots: an input for token_order::greedy, an output for the others.
+/// \param order the tokens of slots: an output, or an input for token_order::greedy.
+/// \param e its workspace has pack_workspace_bytes(), if an order is computed.
 /// \return not ok, with nothing launched, for shapes, types, alignments or orders that do not fit; overflow, with the
 ///         bytes needed as `detail`, for a capacity below max_pack_bytes().
 /// What reference::compress refuses for its values is coded and reported here:
@@ -165,18 +224,23 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
     if (const std::int64_t bytes = max_pack_bytes(f, which, blocks);
         (which == side::key ? key : value).capacity < bytes)
       return refuse(status_code::overflow, "a capacity is less than max_pack_bytes()", bytes);
+  if (f.order == token_order::greedy && order.computed != nullptr && blocks > 0) {
+    int limit = 0;
+    if (const status s = detail::shared_limit(kernel::order_by_greed<false, true>, limit); !s) return s;
+    if (!detail::greedy_fits(f, limit))
+      if (const status s = detail::check_workspace(e, detail::greedy_workspace(f, blocks)); !s) return s;
+  }
   const std::uint8_t* const slots = order.given != nullptr ? order.given : order.computed;
   const kernel::pack_args k{f, side::key, keys, key, blocks, slots, e.report};
   const kernel::pack_args v{f, side::value, values, value, blocks, slots, e.report};
   const bool fast[2] = {detail::has_fast_encoder(f, side::key, keys, blocks),
                         detail::has_fast_encoder(f, side::value, values, blocks)};
-  const bool by_values = f.order == token_order::median;
   if (blocks > 0) {
     if (!fast[0])
       if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
-    if (!fast[1] || by_values)
+    if (!fast[1])
       if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
-    if (const status s = detail::find_pack_order(v, order, e.stream); !s) return s;
+    if (const status s = detail::find_pack_order(k, v, fast[0], fast[1], order, e); !s) return s;
   }
   const auto units = [&](side which) {
     return fast[static_cast<int>(which)] ? kernel::pack_units(f, which).count(f, blocks) : 0;

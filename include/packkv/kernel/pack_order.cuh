@@ -13,23 +13,36 @@ inline constexpr int median_warps = 8;   ///< of a block of order_by_median
 inline constexpr int greedy_warps = 16;  ///< of order_by_greed
 
 /// The lower median of the codes of a warp, of which each lane has eight words; `total` of them count, the others are
-/// 255.
-__device__ inline int median_of_words(std::uint32_t (&x)[8], std::int64_t total) {
+/// 255. present: those of the lane that count, ORed.
+__device__ inline int median_of_words(std::uint32_t (&x)[8], std::int64_t total, std::uint32_t present) {
   using namespace packkv::detail;
   // The greatest m that at most (total - 1) / 2 codes are smaller than, bit by bit.
   const int most = static_cast<int>((total - 1) / 2);
+  const int bits = bit_length(__reduce_or_sync(all_lanes, present));
   int median = 0;
+  if (bits < 8) {
+    // Bit 7 of a byte stays unless its code is below m; what does not count is 127 and never below.
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] |= 0x80808080u;
+    for (int bit = 1 << bits >> 1; bit > 0; bit /= 2) {
+      const std::uint32_t m = static_cast<std::uint32_t>(median | bit) * 0x01010101u;
+      std::uint32_t not_below = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) not_below = dot_bytes((x[i] - m) & 0x80808080u, 0x01010101u, not_below);
+      if (8 * 4 * warp_threads - static_cast<int>(warp_sum_unsigned(not_below) >> 7) <= most) median |= bit;
+    }
+    return median;
+  }
   for (int bit = 128; bit > 0; bit /= 2) {
     const std::uint32_t m = static_cast<std::uint32_t>(median | bit) * 0x00010001u;
-    std::uint32_t smaller = 0;
+    std::uint32_t below = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      // Bit 15 of a half is what is borrowed if its byte is below m.
+    for (int i = 0; i < 8; ++i) {  // the same with bit 15 of a half
       const std::uint32_t even = ((x[i] & 0x00ff00ffu) | 0x80008000u) - m;
       const std::uint32_t odd = ((x[i] >> 8 & 0x00ff00ffu) | 0x80008000u) - m;
-      smaller += static_cast<std::uint32_t>(__popc((~even & 0x80008000u) | (~odd & 0x80008000u) >> 1));
+      below += static_cast<std::uint32_t>(__popc((~even & 0x80008000u) | (~odd & 0x80008000u) >> 1));
     }
-    if (static_cast<int>(warp_sum_unsigned(smaller)) <= most) median |= bit;
+    if (static_cast<int>(warp_sum_unsigned(below)) <= most) median |= bit;
   }
   return median;
 }
@@ -46,30 +59,30 @@ __global__ void __launch_bounds__(Warps * 32) order_by_median(const __grid_const
   const std::int64_t channels = std::int64_t{a.format.batch} * heads * codec.head_dim;
   const bool in_registers = a.format.batch == 1 && heads <= warp::pack_row_shape(codec.head_dim).heads();
   std::uint32_t* const mine = count[warp_id()];
-  std::uint32_t flags = 0;  // the encoder reports
   for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
     for (int t = warp_id(); t < tile_tokens; t += Warps) {
       int value;
       if (in_registers) {
-        std::uint32_t x[8];
+        std::uint32_t x[8], present = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = ~0u;
-        const warp::pack_row<BFloat> row(codec, a.in, 0, block * tile_tokens + t);
-        row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int load, int, int, const bytes8& codes) {
-          x[2 * load] = codes.word[0];
-          x[2 * load + 1] = codes.word[1];
-        });
-        value = median_of_words(x, channels);
+        warp::for_each_code<BFloat>(codec, a.in, 0, heads, block * tile_tokens + t,
+                                    [&](int load, int, int, const bytes8& codes) {
+                                      x[2 * load] = codes.word[0];
+                                      x[2 * load + 1] = codes.word[1];
+                                      present |= codes.word[0] | codes.word[1];
+                                    });
+        present |= present >> 16;
+        value = median_of_words(x, channels, (present | present >> 8) & 0xffu);
       } else {
         for (int i = lane_id(); i <= max_pack_code; i += warp_threads) mine[i] = 0;
         __syncwarp();
-        for (int b = 0; b < a.format.batch; ++b) {
-          const warp::pack_row<BFloat> row(codec, a.in, b, block * tile_tokens + t);
-          row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int, int, int, const bytes8& codes) {
+        for (int b = 0; b < a.format.batch; ++b)
+          warp::for_each_code<BFloat>(
+              codec, a.in, b, heads, block * tile_tokens + t, [&](int, int, int, const bytes8& codes) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
-          });
-        }
+                for (int i = 0; i < 8; ++i) atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
+              });
         __syncwarp();
         value = median_code(mine, channels);
         __syncwarp();
@@ -102,15 +115,14 @@ __device__ inline void write_code_rows(const pack_args& a, bool fast, std::int64
   using namespace packkv::detail;
   const pack_codec& codec = a.format.codec(a.which);
   const int dim = codec.head_dim, heads = a.format.kv_heads;
-  std::uint32_t flags = 0;  // others report
   for (int t = warp_id(); t < tile_tokens; t += Warps)
     for (int b = 0; b < a.format.batch; ++b) {
       std::uint8_t* const to = rows + t * stride + std::int64_t{b} * heads * dim;
       if (fast) {
-        const warp::pack_row<BFloat> row(codec, a.in, b, block * tile_tokens + t);
-        row.codes(0, heads, {nullptr, nullptr, 0}, flags, [&](int, int head, int channel, const bytes8& codes) {
-          *reinterpret_cast<bytes8*>(to + std::int64_t{head} * dim + channel) = codes;
-        });
+        warp::for_each_code<BFloat>(codec, a.in, b, heads, block * tile_tokens + t,
+                                    [&](int, int head, int channel, const bytes8& codes) {
+                                      *reinterpret_cast<bytes8*>(to + std::int64_t{head} * dim + channel) = codes;
+                                    });
       } else {
         for (int i = lane_id(); i < heads * dim; i += warp_threads) {
           const pack_range range = pack_ranges_of(a, block, b)[range_index(codec, i / dim, t, i % dim)];
