@@ -65,12 +65,10 @@ inline checked greedy_workspace(const pack_format& f, std::int64_t blocks) {
 
 template <bool BFloat>
 inline status find_greedy_order(const kernel::pack_args& key, const kernel::pack_args& value, bool key_fast,
-                                bool value_fast, std::uint8_t* order, const exec& e) {
-  int limit = 0;
-  if (const status s = shared_limit(kernel::order_by_greed<BFloat, true>, limit); !s) return s;
+                                bool value_fast, std::uint8_t* order, int shared_bytes, const exec& e) {
   constexpr int threads = kernel::greedy_warps * warp_threads;
   kernel::greedy_args args{key, value, key_fast, value_fast, order, nullptr};
-  if (greedy_fits(key.format, limit))
+  if (greedy_fits(key.format, shared_bytes))
     return launch(kernel::order_by_greed<BFloat, true>, grid_for(key.blocks),
                   block_size(threads, static_cast<int>(block::code_rows(key.format).bytes())), e.stream, args);
   args.workspace = static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes;
@@ -81,7 +79,7 @@ inline status find_greedy_order(const kernel::pack_args& key, const kernel::pack
 /// The order of the blocks, if there is one to compute or to check. Ranges of a side that is not fast are those that
 /// find_pack_ranges wrote.
 inline status find_pack_order(const kernel::pack_args& key, const kernel::pack_args& value, bool key_fast,
-                              bool value_fast, const pack_order& order, const exec& e) {
+                              bool value_fast, const pack_order& order, int shared_bytes, const exec& e) {
   const std::int64_t blocks = value.blocks;
   const bool bfloat = value.format.element == dtype::bfloat16;
   if (order.given != nullptr)
@@ -89,8 +87,8 @@ inline status find_pack_order(const kernel::pack_args& key, const kernel::pack_a
                   grid_for(ceil_div<std::int64_t>(blocks, kernel::pack_warps)), pack_threads, e.stream, value);
   if (order.computed == nullptr) return {};
   if (value.format.order == token_order::greedy)
-    return bfloat ? find_greedy_order<true>(key, value, key_fast, value_fast, order.computed, e)
-                  : find_greedy_order<false>(key, value, key_fast, value_fast, order.computed, e);
+    return bfloat ? find_greedy_order<true>(key, value, key_fast, value_fast, order.computed, shared_bytes, e)
+                  : find_greedy_order<false>(key, value, key_fast, value_fast, order.computed, shared_bytes, e);
   if (value.format.order == token_order::median && value_fast)
     return launch(bfloat ? kernel::order_by_median<true, kernel::median_warps>
                          : kernel::order_by_median<false, kernel::median_warps>,
@@ -121,13 +119,20 @@ inline status write_packs(const kernel::pack_args& a, cudaStream_t stream) {
   return tiles > 0 ? launch(kernel::write_packs<kernel::pack_warps>, grid_for(tiles), threads, stream, a) : status{};
 }
 
-/// Whether encode_packs does a side: a range within a token, channels side by side, and 16-byte loads.
-inline bool has_fast_encoder(const pack_format& f, side which, const input_view<4>& x, std::int64_t blocks) {
+/// Heads of encode_packs' units, or 0 if the side needs the general kernels: what encode_packs does is a range within a
+/// token, channels side by side, and 16-byte loads.
+inline int encoder_heads(const pack_format& f, side which, const input_view<4>& x, std::int64_t blocks,
+                         int shared_bytes) {
   const pack_granularity g = f.codec(which).granularity;
-  if (g != pack_granularity::token && g != pack_granularity::vector) return false;
+  if (g != pack_granularity::token && g != pack_granularity::vector) return 0;
   bool aligned = x.stride[3] == 2 && is_aligned(x.data, 16);
   for (int i = 0; i < 3; ++i) aligned = aligned && (x.extent[i] == 1 || x.stride[i] % 16 == 0);
-  return aligned && kernel::pack_units(f, which).count(f, blocks) < (std::int64_t{1} << 30);
+  if (!aligned) return 0;
+  int heads = kernel::encode_heads;
+  const int room = shared_bytes - static_cast<int>(sizeof(kernel::pack_unit));
+  while (heads > 0 && kernel::encode_shared_bytes(f, which, heads) > room) heads /= 2;
+  // Launches count both sides' units in 32 bits.
+  return heads > 0 && kernel::pack_units(f, which, heads).count(f, blocks) < (std::int64_t{1} << 30) ? heads : 0;
 }
 
 inline constexpr int usual_head_dim = 128;  ///< has an encoder of its own
@@ -135,35 +140,36 @@ inline constexpr int usual_head_dim = 128;  ///< has an encoder of its own
 template <bool BFloat, int PackSize>
 inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
   int shared_bytes = 0;
-  for (const kernel::pack_args* a : {&args.key, &args.value}) {
-    if ((a->which == side::key ? args.key_units : args.value_units) == 0) continue;
-    shared_bytes = max_of(shared_bytes, kernel::encode_shared_bytes<PackSize>(a->format, a->which));
-    if (!kernel::ranges_span_units(a->format, a->which)) continue;
+  std::int64_t offsets[2] = {};
+  for (const kernel::pack_encode_side* s : {&args.key, &args.value}) {
+    if (s->units == 0) continue;
+    const kernel::pack_args& a = s->args;
+    shared_bytes = max_of(shared_bytes, kernel::encode_shared_bytes(a.format, a.which, s->most_heads));
+    offsets[static_cast<int>(a.which)] = tile_count(a.format, a.blocks) + 1;
+    if (!s->ranges_span_units()) continue;
     constexpr int warps = kernel::pack_warps;
-    const std::int64_t rows = a->blocks * a->format.batch * tile_tokens;
-    if (const status s = launch(kernel::find_row_ranges<BFloat, warps>, grid_for(ceil_div<std::int64_t>(rows, warps)),
-                                pack_threads, stream, *a);
-        !s)
-      return s;
+    const std::int64_t rows = a.blocks * a.format.batch * tile_tokens;
+    if (const status r = launch(kernel::find_row_ranges<BFloat, warps>, grid_for(ceil_div<std::int64_t>(rows, warps)),
+                                pack_threads, stream, a);
+        !r)
+      return r;
   }
   constexpr int threads = 256;
-  const std::int64_t key_tiles = args.key_units > 0 ? tile_count(args.key.format, args.key.blocks) + 1 : 0;
-  const std::int64_t value_tiles = args.value_units > 0 ? tile_count(args.value.format, args.value.blocks) + 1 : 0;
   if (const status s = launch(kernel::clear_offsets<threads>,
-                              grid_for(ceil_div<std::int64_t>(max_of(key_tiles, value_tiles), threads)), threads,
-                              stream, args.key.out.offsets, key_tiles, args.value.out.offsets, value_tiles);
+                              grid_for(ceil_div<std::int64_t>(max_of(offsets[0], offsets[1]), threads)), threads,
+                              stream, args.key.args.out.offsets, offsets[0], args.value.args.out.offsets, offsets[1]);
       !s)
     return s;
-  const pack_format& f = args.key.format;
+  const pack_format& f = args.key.args.format;
   const bool usual = f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim;
   return launch(usual ? kernel::encode_packs<BFloat, PackSize, usual_head_dim> : kernel::encode_packs<BFloat, PackSize, 0>,
-                grid_for(args.key_units + args.value_units),
+                grid_for(args.key.units + args.value.units),
                 block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
 }
 
 template <bool BFloat>
 inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
-  switch (args.key.format.pack_size) {
+  switch (args.key.args.format.pack_size) {
     case 2:
       return encode_packs<BFloat, 2>(args, stream);
     case 4:
@@ -224,36 +230,35 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
     if (const std::int64_t bytes = max_pack_bytes(f, which, blocks);
         (which == side::key ? key : value).capacity < bytes)
       return refuse(status_code::overflow, "a capacity is less than max_pack_bytes()", bytes);
-  if (f.order == token_order::greedy && order.computed != nullptr && blocks > 0) {
-    int limit = 0;
-    if (const status s = detail::shared_limit(kernel::order_by_greed<false, true>, limit); !s) return s;
-    if (!detail::greedy_fits(f, limit))
-      if (const status s = detail::check_workspace(e, detail::greedy_workspace(f, blocks)); !s) return s;
-  }
+  int limit = 0;
+  if (const status s = detail::shared_limit(kernel::order_by_greed<false, true>, limit); !s) return s;
+  const bool greedy = f.order == token_order::greedy && order.computed != nullptr && blocks > 0;
+  if (greedy && !detail::greedy_fits(f, limit))
+    if (const status s = detail::check_workspace(e, detail::greedy_workspace(f, blocks)); !s) return s;
   const std::uint8_t* const slots = order.given != nullptr ? order.given : order.computed;
   const kernel::pack_args k{f, side::key, keys, key, blocks, slots, e.report};
   const kernel::pack_args v{f, side::value, values, value, blocks, slots, e.report};
-  const bool fast[2] = {detail::has_fast_encoder(f, side::key, keys, blocks),
-                        detail::has_fast_encoder(f, side::value, values, blocks)};
-  if (blocks > 0) {
-    if (!fast[0])
-      if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
-    if (!fast[1])
-      if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
-    if (const status s = detail::find_pack_order(k, v, fast[0], fast[1], order, e); !s) return s;
-  }
-  const auto units = [&](side which) {
-    return fast[static_cast<int>(which)] ? kernel::pack_units(f, which).count(f, blocks) : 0;
+  const auto encoder = [&](const kernel::pack_args& a) {
+    const int heads = blocks > 0 ? detail::encoder_heads(f, a.which, a.in, blocks, limit) : 0;
+    return kernel::pack_encode_side{a, heads, heads > 0 ? kernel::pack_units(f, a.which, heads).count(f, blocks) : 0};
   };
-  const kernel::pack_encode_args both{k, v, units(side::key), units(side::value)};
-  if (both.key_units + both.value_units > 0) {
+  const kernel::pack_encode_args both{encoder(k), encoder(v)};
+  const bool fast_keys = both.key.units > 0, fast_values = both.value.units > 0;
+  if (blocks > 0) {
+    if (!fast_keys)
+      if (const status s = detail::find_pack_ranges(k, e.stream); !s) return s;
+    if (!fast_values)
+      if (const status s = detail::find_pack_ranges(v, e.stream); !s) return s;
+    if (const status s = detail::find_pack_order(k, v, fast_keys, fast_values, order, limit, e); !s) return s;
+  }
+  if (fast_keys || fast_values) {
     const status s = f.element == dtype::bfloat16 ? detail::encode_packs<true>(both, e.stream)
                                                   : detail::encode_packs<false>(both, e.stream);
     if (!s) return s;
   }
-  if (both.key_units == 0)
+  if (!fast_keys)
     if (const status s = detail::write_packs(k, e.stream); !s) return s;
-  return both.value_units == 0 ? detail::write_packs(v, e.stream) : status{};
+  return fast_values ? status{} : detail::write_packs(v, e.stream);
 }
 
 }  // namespace packkv

@@ -14,17 +14,12 @@ namespace packkv::kernel {
 inline constexpr int encode_warps = 16;  ///< of a block of encode_packs
 inline constexpr int encode_heads = 16;  ///< most heads of a unit
 
-/// Both sides, and how many units of each there are; 0: another kernel does that side.
-struct pack_encode_args {
-  pack_args key, value;
-  std::int64_t key_units, value_units;
-};
-
-/// A unit is the heads of one batch row and block that a warp's chunk covers; a block of threads codes one.
+/// A unit is the heads of one batch row and block of tokens that a block of threads codes.
 struct pack_units {
   int heads, of_row;  ///< heads of a unit, but for the last of a batch row; units of a batch row
-  PACKKV_HOST_DEVICE constexpr pack_units(const pack_format& f, side which)
-      : heads(min_of(warp::pack_row_shape(f.codec(which).head_dim).heads(), f.kv_heads)),
+  /// most_heads: for less shared memory; a warp's chunk has no more heads either.
+  PACKKV_HOST_DEVICE constexpr pack_units(const pack_format& f, side which, int most_heads)
+      : heads(min_of(min_of(warp::pack_row_shape(f.codec(which).head_dim).heads(), f.kv_heads), most_heads)),
         of_row((f.kv_heads + heads - 1) / heads) {}
   PACKKV_HOST_DEVICE constexpr std::int64_t count(const pack_format& f, std::int64_t blocks) const {
     return (checked(blocks) * f.batch * of_row).value();
@@ -35,18 +30,29 @@ struct pack_units {
     return heads * (tile_tokens / pack_size) * head_dim * 2;
   }
 };
-template <int PackSize>
-constexpr int encode_shared_bytes(const pack_format& f, side which) {
-  const pack_units units(f, which);
+constexpr int encode_shared_bytes(const pack_format& f, side which, int most_heads) {
+  const pack_units units(f, which, most_heads);
   const int dim = f.codec(which).head_dim;
-  return units.code_bytes(dim) + units.pack_bytes(dim, PackSize) + encode_warps * warp::group_stage_words<PackSize> * 4;
+  return units.code_bytes(dim) + units.pack_bytes(dim, f.pack_size) +
+         encode_warps * warp::group_stage_words(f.pack_size) * 4;
 }
 static_assert(warp::pack_row_shape(64).heads() == encode_heads, "the smallest head dim has the most heads");
 
-/// Whether the ranges of a side are found by find_row_ranges, because they span more heads than a unit.
-PACKKV_HOST_DEVICE constexpr bool ranges_span_units(const pack_format& f, side which) {
-  return f.codec(which).granularity == pack_granularity::token && pack_units(f, which).of_row > 1;
-}
+/// One side, and how many units it has; 0: another kernel does it.
+struct pack_encode_side {
+  pack_args args;
+  int most_heads;  ///< of a unit
+  std::int64_t units;
+
+  /// Whether its ranges are found by find_row_ranges, because they span more heads than a unit.
+  PACKKV_HOST_DEVICE bool ranges_span_units() const {
+    return args.format.codec(args.which).granularity == pack_granularity::token &&
+           pack_units(args.format, args.which, most_heads).of_row > 1;
+  }
+};
+struct pack_encode_args {
+  pack_encode_side key, value;
+};
 
 /// The unit of one block of threads, in shared memory.
 struct pack_unit {
@@ -112,14 +118,15 @@ __device__ inline void write_tile_frame(const pack_tile& shape, const int* start
 
 /// Codes of a unit, [head][slot][channel], and the ranges of their slots; a warp per token.
 template <bool BFloat, int HeadDim>
-__device__ inline void write_unit_codes(const pack_args& a, std::int64_t block, std::int64_t b, int first_head,
+__device__ inline void write_unit_codes(const pack_encode_side& s, std::int64_t block, std::int64_t b, int first_head,
                                         int heads, std::uint8_t* codes) {
   using namespace packkv::detail;
+  const pack_args& a = s.args;
   const pack_codec& codec = a.format.codec(a.which);
   const int dim = HeadDim != 0 ? HeadDim : codec.head_dim;
   pack_range* const ranges = pack_ranges_of(a, block, b);
   const warp::pack_chunk<BFloat, HeadDim> chunk(codec, a.in, b, first_head, heads);
-  const bool of_heads = codec.granularity == pack_granularity::vector, known = ranges_span_units(a.format, a.which);
+  const bool of_heads = codec.granularity == pack_granularity::vector, known = s.ranges_span_units();
   std::uint32_t flags = 0;
   for (int slot = warp_id(); slot < tile_tokens; slot += encode_warps) {
     typename warp::pack_chunk<BFloat, HeadDim>::elements x;
@@ -140,7 +147,7 @@ __device__ inline void write_unit_codes(const pack_args& a, std::int64_t block, 
   add_report(a.report, known ? 0u : flags, 0);
 }
 
-/// Codes both sides: key_units + value_units blocks of threads, which take units in ascending order; dynamic shared
+/// Codes both sides: a block of threads for each of their units, which take them in ascending order; dynamic shared
 /// memory of encode_shared_bytes. Both sides' offsets are zero before (clear_offsets); those of the first side that
 /// has units count the blocks that have begun, too, in their first word.
 /// HeadDim: of both sides, or 0 for any.
@@ -151,15 +158,16 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   constexpr int groups = tile_tokens / PackSize;
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
   if (thread == 0) {
-    std::int64_t* const first = args.key_units > 0 ? args.key.out.offsets : args.value.out.offsets;
+    std::int64_t* const first = args.key.units > 0 ? args.key.args.out.offsets : args.value.args.out.offsets;
     unit.number = atomicInc(reinterpret_cast<unsigned*>(first), gridDim.x - 1);
   }
   if (thread < encode_heads) unit.bits[thread] = 0;
   __syncthreads();
-  const bool keys = unit.number < args.key_units;
-  const pack_args& a = keys ? args.key : args.value;
-  const std::int64_t number = keys ? unit.number : unit.number - args.key_units;
-  const pack_units units(a.format, a.which);
+  const bool keys = unit.number < args.key.units;
+  const pack_encode_side& side = keys ? args.key : args.value;
+  const pack_args& a = side.args;
+  const std::int64_t number = keys ? unit.number : unit.number - args.key.units;
+  const pack_units units(a.format, a.which, side.most_heads);
   const int dim = HeadDim != 0 ? HeadDim : a.format.codec(a.which).head_dim;
   const std::int64_t row = number / units.of_row, block = row / a.format.batch, b = row % a.format.batch;
   const int first_head = static_cast<int>(number % units.of_row) * units.heads;
@@ -168,9 +176,9 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   thread::four_packs* const packs = reinterpret_cast<thread::four_packs*>(codes + units.code_bytes(dim));
   std::uint32_t* const stage =
       reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
-      warp * warp::group_stage_words<PackSize>;
+      warp * warp::group_stage_words(PackSize);
 
-  write_unit_codes<BFloat, HeadDim>(a, block, b, first_head, heads, codes);
+  write_unit_codes<BFloat, HeadDim>(side, block, b, first_head, heads, codes);
   __syncthreads();
 
   for (int item = warp; item < heads * groups; item += encode_warps) {

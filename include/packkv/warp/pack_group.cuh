@@ -14,8 +14,7 @@ namespace packkv::warp {
 inline constexpr int group_round = 128;  ///< channels that a warp handles at a time, four a lane
 
 /// Words of write_group's `stage`: the fields of a round, and a word that it shares with the one before.
-template <int PackSize>
-inline constexpr int group_stage_words = PackSize * group_round / 4 + 4;
+PACKKV_HOST_DEVICE constexpr int group_stage_words(int pack_size) { return pack_size * group_round / 4 + 4; }
 
 /// Sum of the widths of a group's packs, in all lanes; packs [dim / 4] is for write_group. `bits`: all minima, and
 /// all widths << 8, ORed together, in all lanes. codes: of the group's first slot, [PackSize][dim].
@@ -88,7 +87,7 @@ __device__ inline void stage_fields(const std::uint8_t* codes, int dim, const th
 }
 
 /// Writes group g of a tile. codes, packs: as measure_group had and left them; start: word of the payload at which the
-/// group begins; stage: group_stage_words<PackSize> words of shared memory of this warp; tile: 4-byte aligned.
+/// group begins; stage: group_stage_words(PackSize) words of shared memory of this warp; tile: 4-byte aligned.
 template <int PackSize>
 __device__ inline void write_group(const pack_tile& shape, int g, int start, const std::uint8_t* codes,
                                    const thread::four_packs* packs, std::uint32_t* stage, std::uint32_t* tile) {
@@ -118,13 +117,16 @@ __device__ inline void write_group(const pack_tile& shape, int g, int start, con
         stage_fields<PackSize, true>(codes + c, dim, x, begin, stage);
     }
     __syncwarp();
-    const std::uint32_t mask = (1u << rest) - 1;
     const bool last = first + group_round >= dim;
     for (int i = lane_id(); i < whole; i += warp_threads) payload[i] = stage[i];
-    if (last && rest > 0 && lane_id() == 0) payload[whole] = stage[whole] & mask;
-    const std::uint32_t carried = !last && rest > 0 && lane_id() == 0 ? stage[whole] & mask : 0u;
-    __syncwarp();
-    if (!last && rest > 0 && lane_id() == 0) stage[0] = carried;
+    if (rest > 0 && lane_id() == 0) {
+      // What follows has not been written; packs of 16 and 32 tokens end with a half.
+      const std::uint32_t begun = PackSize < 16 ? stage[whole] : reinterpret_cast<const std::uint16_t*>(stage)[2 * whole];
+      if (last)
+        payload[whole] = begun;
+      else
+        stage[0] = begun;
+    }
     __syncwarp();
     payload += whole;
     taken = rest;
