@@ -8,6 +8,7 @@
 #include <packkv/codec/pack_format.hpp>
 #include <packkv/codec/pack_order.hpp>
 #include <packkv/thread/pack_growth.cuh>
+#include <type_traits>
 
 namespace packkv::block {
 
@@ -24,10 +25,12 @@ struct code_rows {
   PACKKV_HOST_DEVICE constexpr std::int64_t bytes() const { return tile_tokens * stride; }
 };
 
-/// Of greedy_order, in shared memory.
+/// Of greedy_order, in shared memory. Few: see there; then 32 bits hold 2^13 * 255^2.
+template <bool Few>
 struct greedy_storage {
+  using product = std::conditional_t<Few, unsigned, unsigned long long>;
   std::uint32_t width[3][tile_tokens];  ///< of the candidates, in turns: read, added to, cleared
-  unsigned long long dot[tile_tokens], norm[tile_tokens];
+  product dot[tile_tokens], norm[tile_tokens];
   int seed;
 };
 
@@ -41,9 +44,11 @@ struct slab_state {
 /// of all lies in global memory, slab_state [slabs][32].
 template <int Warps, bool Few>
 class greedy_order {
+  static_assert(Warps * slab_channels <= 8192, "32 bits hold the products of few slabs");
+
  public:
   /// codes [64][stride], 16-byte aligned, written before a barrier. All threads of the block take part in everything.
-  __device__ greedy_order(greedy_storage& storage, const std::uint8_t* codes, const code_rows& rows, int pack_size,
+  __device__ greedy_order(greedy_storage<Few>& storage, const std::uint8_t* codes, const code_rows& rows, int pack_size,
                           slab_state* states)
       : storage_(storage),
         codes_(codes),
@@ -145,7 +150,7 @@ class greedy_order {
         }
         if (t % shares_ != share_) continue;
         norm = warp_sum_unsigned(norm);
-        if (lane_id() == 0) atomicAdd(&storage_.norm[t], static_cast<unsigned long long>(norm));
+        if (lane_id() == 0) atomicAdd(&storage_.norm[t], static_cast<typename greedy_storage<Few>::product>(norm));
       }
     });
     all |= all >> 16;
@@ -173,7 +178,7 @@ class greedy_order {
 #pragma unroll
         for (int i = 0; i < 4; ++i) dot = dot_bytes(x.word[i], mean[i], dot);
         dot = warp_sum_unsigned(dot);
-        if (lane_id() == 0) atomicAdd(&storage_.dot[c], static_cast<unsigned long long>(dot));
+        if (lane_id() == 0) atomicAdd(&storage_.dot[c], static_cast<typename greedy_storage<Few>::product>(dot));
       }
     });
     __syncthreads();
@@ -241,7 +246,7 @@ class greedy_order {
     return first != 0 ? __ffs(static_cast<int>(first)) - 1 : __ffs(static_cast<int>(second)) - 1 + warp_threads;
   }
 
-  greedy_storage& storage_;
+  greedy_storage<Few>& storage_;
   const std::uint8_t* codes_;
   std::int64_t stride_;
   int slabs_, pack_size_, shares_, share_, first_slab_;

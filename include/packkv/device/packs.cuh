@@ -56,7 +56,7 @@ inline constexpr int greedy_blocks = 264;  ///< most blocks of threads whose cod
 inline bool greedy_fits(const pack_format& f, int shared_bytes) {
   const block::code_rows rows(f);
   return rows.slabs() <= kernel::greedy_warps &&
-         rows.bytes() + std::int64_t{sizeof(block::greedy_storage)} <= shared_bytes;
+         rows.bytes() + std::int64_t{sizeof(block::greedy_storage<true>)} <= shared_bytes;
 }
 inline checked greedy_workspace(const pack_format& f, std::int64_t blocks) {
   return checked(min_of<std::int64_t>(blocks, greedy_blocks)) * kernel::greedy_bytes(block::code_rows(f)) +

@@ -136,7 +136,7 @@ __device__ inline void write_code_rows(const pack_args& a, bool fast, std::int64
 template <bool BFloat, bool Shared>
 __global__ void __launch_bounds__(greedy_warps * 32) order_by_greed(const __grid_constant__ greedy_args a) {
   using namespace packkv::detail;
-  __shared__ block::greedy_storage storage;
+  __shared__ block::greedy_storage<Shared> storage;
   const block::code_rows rows(a.key.format);
   std::uint8_t* codes;
   block::slab_state* states = nullptr;
