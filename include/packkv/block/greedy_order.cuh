@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // PackKV's greedy order of 64 tokens by a block of threads, from their codes; reference/token_order.hpp defines it.
-// One idea: a warp keeps the same 512 channels of the pack and of the sum in registers all the time and reads candidates
-// only, so that a step is one pass over them and one barrier.
+// One idea: a warp keeps the same 512 channels of the pack and of the sum in registers all the time and reads
+// candidates only, so that a step is one pass over them and one barrier.
 //   block::greedy_order<Warps, true>(storage, codes, shape, pack_size, nullptr).run(order);
 #pragma once
 
@@ -25,7 +25,7 @@ struct code_rows {
   PACKKV_HOST_DEVICE constexpr std::int64_t bytes() const { return tile_tokens * stride; }
 };
 
-/// Of greedy_order, in shared memory. Few: see there; then 32 bits hold 2^13 * 255^2.
+/// Of greedy_order, in shared memory. Few: see there; then 32 bits hold 2^16 * 255^2.
 template <bool Few>
 struct greedy_storage {
   using product = std::conditional_t<Few, unsigned, unsigned long long>;
@@ -44,7 +44,7 @@ struct slab_state {
 /// of all lies in global memory, slab_state [slabs][32].
 template <int Warps, bool Few>
 class greedy_order {
-  static_assert(Warps * slab_channels <= 8192, "32 bits hold the products of few slabs");
+  static_assert(Warps * slab_channels <= 65536, "32 bits hold the products of few slabs");
 
  public:
   /// codes [64][stride], 16-byte aligned, written before a barrier. All threads of the block take part in everything.

@@ -76,8 +76,7 @@ __device__ inline std::uint32_t select_bytes(std::uint32_t a, std::uint32_t b, s
 #if defined(PACKKV_SIMT_EXECUTOR)
   const std::uint64_t both = a | std::uint64_t{b} << 32;
   std::uint32_t y = 0;
-  for (int i = 0; i < 4; ++i)
-    y |= static_cast<std::uint32_t>(both >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+  for (int i = 0; i < 4; ++i) y |= static_cast<std::uint32_t>(both >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
   return y;
 #else
   return __byte_perm(a, b, selector);

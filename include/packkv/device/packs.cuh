@@ -9,8 +9,8 @@
 #include <packkv/kernel/offset_scan.cuh>
 #include <packkv/kernel/pack_encode.cuh>
 #include <packkv/kernel/pack_order.cuh>
-#include <packkv/policy/machine.hpp>
 #include <packkv/kernel/packs.cuh>
+#include <packkv/policy/machine.hpp>
 
 namespace packkv {
 
@@ -32,6 +32,13 @@ inline status check_pack_order(const pack_format& f, std::int64_t blocks, const 
   if (f.order != token_order::none && order.given == nullptr && order.computed == nullptr && blocks > 0)
     return refuse(status_code::invalid_argument, "the order is kept in pack_order::computed, which is null");
   return {};
+}
+
+/// Formats whose sides have this head dim have an encoder of their own.
+inline constexpr int usual_head_dim = 128;
+static_assert(kernel::stages_in_place(usual_head_dim), "encode_shared_bytes is told so");
+inline bool has_usual_dims(const pack_format& f) {
+  return f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim;
 }
 
 /// Ranges of one side, in the order of tokens.
@@ -69,11 +76,22 @@ inline status find_greedy_order(const kernel::pack_args& key, const kernel::pack
   constexpr int threads = kernel::greedy_warps * warp_threads;
   kernel::greedy_args args{key, value, key_fast, value_fast, order, nullptr};
   if (greedy_fits(key.format, shared_bytes))
-    return launch(kernel::order_by_greed<BFloat, true>, grid_for(key.blocks),
+    return launch(kernel::order_by_greed<BFloat, true, kernel::greedy_warps>, grid_for(key.blocks),
                   block_size(threads, static_cast<int>(block::code_rows(key.format).bytes())), e.stream, args);
   args.workspace = static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes;
-  return launch(kernel::order_by_greed<BFloat, false>, grid_for(min_of<std::int64_t>(key.blocks, greedy_blocks)),
+  return launch(kernel::order_by_greed<BFloat, false, kernel::greedy_warps>, grid_for(min_of<std::int64_t>(key.blocks, greedy_blocks)),
                 threads, e.stream, args);
+}
+
+template <bool BFloat>
+inline status find_median_order(const kernel::pack_args& value, std::uint8_t* order, const exec& e) {
+  constexpr int warps = kernel::median_warps;
+  const auto run = [&](auto kernel) {
+    return launch(kernel, grid_for(value.blocks), warps * warp_threads, e.stream, value, order);
+  };
+  if (!kernel::medians_in_registers(value.format)) return run(kernel::order_by_counts<BFloat, warps>);
+  return value.format.value.head_dim == usual_head_dim ? run(kernel::order_by_median<BFloat, usual_head_dim, warps>)
+                                                       : run(kernel::order_by_median<BFloat, 0, warps>);
 }
 
 /// The order of the blocks, if there is one to compute or to check. Ranges of a side that is not fast are those that
@@ -90,9 +108,8 @@ inline status find_pack_order(const kernel::pack_args& key, const kernel::pack_a
     return bfloat ? find_greedy_order<true>(key, value, key_fast, value_fast, order.computed, shared_bytes, e)
                   : find_greedy_order<false>(key, value, key_fast, value_fast, order.computed, shared_bytes, e);
   if (value.format.order == token_order::median && value_fast)
-    return launch(bfloat ? kernel::order_by_median<true, kernel::median_warps>
-                         : kernel::order_by_median<false, kernel::median_warps>,
-                  grid_for(blocks), kernel::median_warps * warp_threads, e.stream, value, order.computed);
+    return bfloat ? find_median_order<true>(value, order.computed, e)
+                  : find_median_order<false>(value, order.computed, e);
   return launch(kernel::order_packs<kernel::pack_warps>, grid_for(blocks), pack_threads, e.stream, value,
                 order.computed);
 }
@@ -130,12 +147,10 @@ inline int encoder_heads(const pack_format& f, side which, const input_view<4>& 
   if (!aligned) return 0;
   int heads = kernel::encode_heads;
   const int room = shared_bytes - static_cast<int>(sizeof(kernel::pack_unit));
-  while (heads > 0 && kernel::encode_shared_bytes(f, which, heads) > room) heads /= 2;
+  while (heads > 0 && kernel::encode_shared_bytes(f, which, heads, has_usual_dims(f)) > room) heads /= 2;
   // Launches count both sides' units in 32 bits.
   return heads > 0 && kernel::pack_units(f, which, heads).count(f, blocks) < (std::int64_t{1} << 30) ? heads : 0;
 }
-
-inline constexpr int usual_head_dim = 128;  ///< has an encoder of its own
 
 template <bool BFloat, int PackSize>
 inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t stream) {
@@ -144,7 +159,8 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
   for (const kernel::pack_encode_side* s : {&args.key, &args.value}) {
     if (s->units == 0) continue;
     const kernel::pack_args& a = s->args;
-    shared_bytes = max_of(shared_bytes, kernel::encode_shared_bytes(a.format, a.which, s->most_heads));
+    shared_bytes =
+        max_of(shared_bytes, kernel::encode_shared_bytes(a.format, a.which, s->most_heads, has_usual_dims(a.format)));
     offsets[static_cast<int>(a.which)] = tile_count(a.format, a.blocks) + 1;
     if (!s->ranges_span_units()) continue;
     constexpr int warps = kernel::pack_warps;
@@ -160,9 +176,8 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
                               stream, args.key.args.out.offsets, offsets[0], args.value.args.out.offsets, offsets[1]);
       !s)
     return s;
-  const pack_format& f = args.key.args.format;
-  const bool usual = f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim;
-  return launch(usual ? kernel::encode_packs<BFloat, PackSize, usual_head_dim> : kernel::encode_packs<BFloat, PackSize, 0>,
+  return launch(has_usual_dims(args.key.args.format) ? kernel::encode_packs<BFloat, PackSize, usual_head_dim>
+                                                     : kernel::encode_packs<BFloat, PackSize, 0>,
                 grid_for(args.key.units + args.value.units),
                 block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
 }
@@ -231,7 +246,7 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
         (which == side::key ? key : value).capacity < bytes)
       return refuse(status_code::overflow, "a capacity is less than max_pack_bytes()", bytes);
   int limit = 0;
-  if (const status s = detail::shared_limit(kernel::order_by_greed<false, true>, limit); !s) return s;
+  if (const status s = detail::shared_limit(kernel::order_by_greed<false, true, kernel::greedy_warps>, limit); !s) return s;
   const bool greedy = f.order == token_order::greedy && order.computed != nullptr && blocks > 0;
   if (greedy && !detail::greedy_fits(f, limit))
     if (const status s = detail::check_workspace(e, detail::greedy_workspace(f, blocks)); !s) return s;

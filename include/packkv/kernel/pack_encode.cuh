@@ -14,6 +14,9 @@ namespace packkv::kernel {
 inline constexpr int encode_warps = 16;  ///< of a block of encode_packs
 inline constexpr int encode_heads = 16;  ///< most heads of a unit
 
+/// Whether encode_packs<.., HeadDim> turns codes into payloads in their place.
+PACKKV_HOST_DEVICE constexpr bool stages_in_place(int head_dim) { return head_dim != 0 && head_dim <= warp::group_round; }
+
 /// A unit is the heads of one batch row and block of tokens that a block of threads codes.
 struct pack_units {
   int heads, of_row;  ///< heads of a unit, but for the last of a batch row; units of a batch row
@@ -24,17 +27,18 @@ struct pack_units {
   PACKKV_HOST_DEVICE constexpr std::int64_t count(const pack_format& f, std::int64_t blocks) const {
     return (checked(blocks) * f.batch * of_row).value();
   }
-  /// Dynamic shared memory: codes [head][slot][channel], four_packs [head][group][channel / 4], stages of warps.
+  /// Dynamic shared memory: codes [head][slot][channel], four_packs [head][group][channel / 4], and stages of warps
+  /// unless payloads take the place of codes.
   PACKKV_HOST_DEVICE constexpr int code_bytes(int head_dim) const { return heads * tile_tokens * head_dim; }
   PACKKV_HOST_DEVICE constexpr int pack_bytes(int head_dim, int pack_size) const {
     return heads * (tile_tokens / pack_size) * head_dim * 2;
   }
 };
-constexpr int encode_shared_bytes(const pack_format& f, side which, int most_heads) {
+constexpr int encode_shared_bytes(const pack_format& f, side which, int most_heads, bool staged_in_place) {
   const pack_units units(f, which, most_heads);
   const int dim = f.codec(which).head_dim;
   return units.code_bytes(dim) + units.pack_bytes(dim, f.pack_size) +
-         encode_warps * warp::group_stage_words(f.pack_size) * 4;
+         (staged_in_place ? 0 : encode_warps * warp::group_stage_words(f.pack_size) * 4);
 }
 static_assert(warp::pack_row_shape(64).heads() == encode_heads, "the smallest head dim has the most heads");
 
@@ -56,17 +60,17 @@ struct pack_encode_args {
 
 /// The unit of one block of threads, in shared memory.
 struct pack_unit {
-  std::int64_t number;                                  ///< of the launch
-  std::int64_t begin;                                   ///< byte of the first tile
-  int start[encode_heads][tile_tokens / 2 + 1];         ///< words of payload before each group; behind them the end
-  std::uint32_t bits[encode_heads];                     ///< measure_group's
-  int bytes[encode_heads];                              ///< of the tiles before; behind them of all
+  std::int64_t number;                           ///< of the launch
+  std::int64_t begin;                            ///< byte of the first tile
+  int start[encode_heads][tile_tokens / 2 + 1];  ///< words of payload before each group; behind them the end
+  std::uint32_t bits[encode_heads];              ///< measure_group's
+  int bytes[encode_heads];                       ///< of the tiles before; behind them of all
 };
 
 /// Zeroes offsets before encode_packs; a thread per word of the longer array.
 template <int Threads>
-__global__ void __launch_bounds__(Threads) clear_offsets(std::int64_t* a, std::int64_t count_a, std::int64_t* b,
-                                                         std::int64_t count_b) {
+__global__ void __launch_bounds__(Threads)
+    clear_offsets(std::int64_t* a, std::int64_t count_a, std::int64_t* b, std::int64_t count_b) {
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < count_a || i < count_b;
        i += static_cast<std::int64_t>(gridDim.x) * Threads) {
     if (i < count_a) a[i] = 0;
@@ -128,19 +132,28 @@ __device__ inline void write_unit_codes(const pack_encode_side& s, std::int64_t 
   const warp::pack_chunk<BFloat, HeadDim> chunk(codec, a.in, b, first_head, heads);
   const bool of_heads = codec.granularity == pack_granularity::vector, known = s.ranges_span_units();
   std::uint32_t flags = 0;
-  for (int slot = warp_id(); slot < tile_tokens; slot += encode_warps) {
-    typename warp::pack_chunk<BFloat, HeadDim>::elements x;
-    chunk.load(block * tile_tokens + pack_token(a, block, slot), x);
+  // The tokens of the warp's slots, one a lane; the loads of a token begin while the one before is coded.
+  static_assert(tile_tokens <= encode_warps * warp_threads, "a lane has one slot");
+  const int own_slot = warp_id() + encode_warps * lane_id();
+  const int tokens = own_slot < tile_tokens ? pack_token(a, block, own_slot) : 0;
+  typename warp::pack_chunk<BFloat, HeadDim>::elements x;
+  chunk.load(block * tile_tokens + shuffle(tokens, 0), x);
+  for (int slot = warp_id(), i = 1; slot < tile_tokens; slot += encode_warps, ++i) {
+    const std::int64_t next = block * tile_tokens + shuffle(tokens, i % warp_threads);
+    const bool last = slot + encode_warps >= tile_tokens;
+    const auto load_next = [&](int k) {
+      if (!last) chunk.load(next, k, x);
+    };
     const auto store = [&](int, int head, int channel, const bytes8& c) {
       *reinterpret_cast<bytes8*>(codes + ((head - first_head) * tile_tokens + slot) * dim + channel) = c;
     };
     if (of_heads) {
-      chunk.codes_of_heads(x, slot, ranges, flags, store);
+      chunk.codes_of_heads(x, slot, ranges, flags, store, load_next);
     } else {
       pack_range range = known ? ranges[slot] : chunk.range_of_lanes(chunk.extent(x));
       const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
       if (!known && lane_id() == 0) warp::store_range(ranges + slot, range);
-      chunk.codes(x, range, step, store);
+      chunk.codes(x, range, step, store, load_next);
     }
   }
   // Ranges that are known have been reported.
@@ -156,6 +169,7 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   using namespace packkv::detail;
   __shared__ pack_unit unit;
   constexpr int groups = tile_tokens / PackSize;
+  constexpr bool in_place = stages_in_place(HeadDim);
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
   if (thread == 0) {
     std::int64_t* const first = args.key.units > 0 ? args.key.args.out.offsets : args.value.args.out.offsets;
@@ -174,7 +188,7 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   const int heads = min_of(units.heads, a.format.kv_heads - first_head);
   std::uint8_t* const codes = dynamic_shared();
   thread::four_packs* const packs = reinterpret_cast<thread::four_packs*>(codes + units.code_bytes(dim));
-  std::uint32_t* const stage =
+  [[maybe_unused]] std::uint32_t* const stage =
       reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
       warp * warp::group_stage_words(PackSize);
 
@@ -198,13 +212,27 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
   }
   __syncthreads();
   const std::int64_t first_tile = row * a.format.kv_heads + first_head;
+  const auto entry = [&](std::int64_t i) {
+    const int last = min_of((static_cast<int>(i % units.of_row) + 1) * units.heads, a.format.kv_heads);
+    return a.out.offsets + i / units.of_row * a.format.kv_heads + last;
+  };
+  int own = 0, end = 0;  // bytes of the tile of head lane_id(), and where it ends within the unit
   if (warp == 0) {
-    const int own = lane_id() < heads ? unit.bytes[lane_id()] : 0, end = warp_prefix_sum(own);
-    const std::int64_t begin =
-        warp::chained_begin(number, std::int64_t{shuffle(end, warp_threads - 1)}, [&](std::int64_t i) {
-          const int last = min_of((static_cast<int>(i % units.of_row) + 1) * units.heads, a.format.kv_heads);
-          return a.out.offsets + i / units.of_row * a.format.kv_heads + last;
-        });
+    own = lane_id() < heads ? unit.bytes[lane_id()] : 0;
+    end = warp_prefix_sum(own);
+    warp::tell_size(number, std::int64_t{shuffle(end, warp_threads - 1)}, entry);
+  }
+  const auto shape_of = [&](int head) {
+    return pack_tile{PackSize, dim, bit_length(unit.bits[head] & 0xffu), bit_length(unit.bits[head] >> 8)};
+  };
+  if constexpr (in_place)
+    for (int item = warp; item < heads * groups; item += encode_warps) {
+      const int head = item / groups, g = item % groups;
+      warp::stage_group<PackSize>(shape_of(head), unit.start[head][g + 1] - unit.start[head][g],
+                                  codes + (head * tile_tokens + g * PackSize) * dim, packs + item * (dim / 4));
+    }
+  if (warp == 0) {
+    const std::int64_t begin = warp::find_begin(number, std::int64_t{shuffle(end, warp_threads - 1)}, entry);
     if (lane_id() == 0) unit.begin = begin;
     if (lane_id() < heads) unit.bytes[lane_id()] = end - own;
     if (lane_id() < heads - 1) a.out.offsets[first_tile + lane_id() + 1] = begin + end;
@@ -213,11 +241,15 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
 
   for (int item = warp; item < heads * groups; item += encode_warps) {
     const int head = item / groups, g = item % groups;
-    const pack_tile shape{PackSize, dim, bit_length(unit.bits[head] & 0xffu), bit_length(unit.bits[head] >> 8)};
+    const pack_tile shape = shape_of(head);
     std::uint32_t* const tile = reinterpret_cast<std::uint32_t*>(a.out.data + unit.begin + unit.bytes[head]);
     if (g == 0) write_tile_frame(shape, unit.start[head], tile);
-    warp::write_group<PackSize>(shape, g, unit.start[head][g], codes + (head * tile_tokens + g * PackSize) * dim,
-                                packs + item * (dim / 4), stage, tile);
+    const std::uint8_t* const from = codes + (head * tile_tokens + g * PackSize) * dim;
+    const int start = unit.start[head][g];
+    if constexpr (in_place)
+      warp::write_staged_group(shape, g, start, unit.start[head][g + 1] - start, from, packs + item * (dim / 4), tile);
+    else
+      warp::write_group<PackSize>(shape, g, start, from, packs + item * (dim / 4), stage, tile);
   }
 }
 

@@ -47,52 +47,86 @@ __device__ inline int median_of_words(std::uint32_t (&x)[8], std::int64_t total,
   return median;
 }
 
-/// The median order of every block, to `order` [blocks][64]; `a` is the V side. Warps a multiple of 2.
-template <bool BFloat, int Warps>
-__global__ void __launch_bounds__(Warps * 32) order_by_median(const __grid_constant__ pack_args a,
-                                                              std::uint8_t* order) {
+/// The median order of every block, to `order` [blocks][64]; `a` is the V side. HeadDim: its, or 0 for any.
+template <bool BFloat, int HeadDim, int Warps>
+__global__ void __launch_bounds__(Warps * 32)
+    order_by_median(const __grid_constant__ pack_args a, std::uint8_t* order) {
   using namespace packkv::detail;
-  __shared__ std::uint32_t count[Warps][max_pack_code + 1];
+  using chunk_type = warp::pack_chunk<BFloat, HeadDim>;
   __shared__ int median[tile_tokens];
   const pack_codec& codec = a.format.codec(a.which);
   const int heads = a.format.kv_heads;
-  const std::int64_t channels = std::int64_t{a.format.batch} * heads * codec.head_dim;
-  const bool in_registers = a.format.batch == 1 && heads <= warp::pack_row_shape(codec.head_dim).heads();
-  std::uint32_t* const mine = count[warp_id()];
+  const bool of_heads = codec.granularity == pack_granularity::vector;
+  const chunk_type chunk(codec, a.in, 0, 0, heads);
+  std::uint32_t flags = 0;  // of the encoder, which finds the same
   for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
+    typename chunk_type::elements x;
+    chunk.load(block * tile_tokens + warp_id(), x);
     for (int t = warp_id(); t < tile_tokens; t += Warps) {
-      int value;
-      if (in_registers) {
-        std::uint32_t x[8], present = 0;
+      std::uint32_t words[8], present = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = ~0u;
-        warp::for_each_code<BFloat>(codec, a.in, 0, heads, block * tile_tokens + t,
-                                    [&](int load, int, int, const bytes8& codes) {
-                                      x[2 * load] = codes.word[0];
-                                      x[2 * load + 1] = codes.word[1];
-                                      present |= codes.word[0] | codes.word[1];
-                                    });
-        present |= present >> 16;
-        value = median_of_words(x, channels, (present | present >> 8) & 0xffu);
+      for (int i = 0; i < 8; ++i) words[i] = ~0u;
+      const auto keep = [&](int load, int, int, const bytes8& codes) {
+        words[2 * load] = codes.word[0];
+        words[2 * load + 1] = codes.word[1];
+        present |= codes.word[0] | codes.word[1];
+      };
+      const auto load_next = [&](int k) {
+        if (t + Warps < tile_tokens) chunk.load(block * tile_tokens + t + Warps, k, x);
+      };
+      if (of_heads) {
+        chunk.codes_of_heads(x, 0, nullptr, flags, keep, load_next);
       } else {
-        for (int i = lane_id(); i <= max_pack_code; i += warp_threads) mine[i] = 0;
-        __syncwarp();
-        for (int b = 0; b < a.format.batch; ++b)
-          warp::for_each_code<BFloat>(
-              codec, a.in, b, heads, block * tile_tokens + t, [&](int, int, int, const bytes8& codes) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
-              });
-        __syncwarp();
-        value = median_code(mine, channels);
-        __syncwarp();
+        pack_range range = chunk.range_of_lanes(chunk.extent(x));
+        const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
+        chunk.codes(x, range, step, keep, load_next);
       }
+      present |= present >> 16;
+      const int value = median_of_words(words, std::int64_t{heads} * codec.head_dim, (present | present >> 8) & 0xffu);
       if (lane_id() == 0) median[t] = value;
     }
     __syncthreads();
     write_median_order(median, static_cast<int>(threadIdx.x), Warps * warp_threads, order + block * tile_tokens);
     __syncthreads();
   }
+}
+
+/// The same for any number of heads and batch rows, by histograms.
+template <bool BFloat, int Warps>
+__global__ void __launch_bounds__(Warps * 32)
+    order_by_counts(const __grid_constant__ pack_args a, std::uint8_t* order) {
+  using namespace packkv::detail;
+  __shared__ std::uint32_t count[Warps][max_pack_code + 1];
+  __shared__ int median[tile_tokens];
+  const pack_codec& codec = a.format.codec(a.which);
+  const int heads = a.format.kv_heads;
+  const std::int64_t channels = std::int64_t{a.format.batch} * heads * codec.head_dim;
+  std::uint32_t* const mine = count[warp_id()];
+  for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
+    for (int t = warp_id(); t < tile_tokens; t += Warps) {
+      for (int i = lane_id(); i <= max_pack_code; i += warp_threads) mine[i] = 0;
+      __syncwarp();
+      for (int b = 0; b < a.format.batch; ++b)
+        warp::for_each_code<BFloat>(codec, a.in, b, heads, block * tile_tokens + t,
+                                    [&](int, int, int, const bytes8& codes) {
+#pragma unroll
+                                      for (int i = 0; i < 8; ++i)
+                                        atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
+                                    });
+      __syncwarp();
+      const int value = median_code(mine, channels);
+      __syncwarp();
+      if (lane_id() == 0) median[t] = value;
+    }
+    __syncthreads();
+    write_median_order(median, static_cast<int>(threadIdx.x), Warps * warp_threads, order + block * tile_tokens);
+    __syncthreads();
+  }
+}
+
+/// Whether order_by_median does a format: the codes of a token of V fit the registers of a warp.
+PACKKV_HOST_DEVICE constexpr bool medians_in_registers(const pack_format& f) {
+  return f.batch == 1 && f.kv_heads <= warp::pack_row_shape(f.value.head_dim).heads();
 }
 
 /// Both sides for the greedy order; `fast`: by warp::pack_row, else with the ranges that find_pack_ranges wrote.
@@ -133,8 +167,8 @@ __device__ inline void write_code_rows(const pack_args& a, bool fast, std::int64
 }
 
 /// The greedy order of every block. Shared: codes lie in dynamic shared memory of code_rows::bytes().
-template <bool BFloat, bool Shared>
-__global__ void __launch_bounds__(greedy_warps * 32) order_by_greed(const __grid_constant__ greedy_args a) {
+template <bool BFloat, bool Shared, int Warps>
+__global__ void __launch_bounds__(Warps * 32) order_by_greed(const __grid_constant__ greedy_args a) {
   using namespace packkv::detail;
   __shared__ block::greedy_storage<Shared> storage;
   const block::code_rows rows(a.key.format);
@@ -147,13 +181,13 @@ __global__ void __launch_bounds__(greedy_warps * 32) order_by_greed(const __grid
     states = reinterpret_cast<block::slab_state*>(codes + rows.bytes());
   }
   for (std::int64_t block = blockIdx.x; block < a.key.blocks; block += gridDim.x) {
-    write_code_rows<BFloat, greedy_warps>(a.key, a.key_fast, block, rows.stride, codes);
-    write_code_rows<BFloat, greedy_warps>(a.value, a.value_fast, block, rows.stride, codes + rows.first_value);
-    for (int t = warp_id(); t < tile_tokens; t += greedy_warps)
+    write_code_rows<BFloat, Warps>(a.key, a.key_fast, block, rows.stride, codes);
+    write_code_rows<BFloat, Warps>(a.value, a.value_fast, block, rows.stride, codes + rows.first_value);
+    for (int t = warp_id(); t < tile_tokens; t += Warps)
       for (std::int64_t i = rows.channels + 4 * lane_id(); i < rows.stride; i += 4 * warp_threads)
         *reinterpret_cast<std::uint32_t*>(codes + t * rows.stride + i) = 0;
     __syncthreads();
-    block::greedy_order<greedy_warps, Shared>(storage, codes, rows, a.key.format.pack_size, states)
+    block::greedy_order<Warps, Shared>(storage, codes, rows, a.key.format.pack_size, states)
         .run(a.order + block * tile_tokens);
     __syncthreads();
   }

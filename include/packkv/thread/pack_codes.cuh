@@ -2,11 +2,12 @@
 // Codes of packs, eight elements of one group at a time, without a division for each; equal to encode_code().
 // One idea: a product with the reciprocal says how far an element is from where its code changes, and only an element
 // that is closer than the product's error is divided.
-//   const auto step = thread::make_code_step(codec, BFloat, range, flags);   bytes8 codes = thread::codes_of<BFloat>(...);
+//   const auto step = thread::make_code_step(codec, BFloat, range, flags);   bytes8 codes =
+//   thread::codes_of<BFloat>(...);
 #pragma once
 
-#include <packkv/codec/pages.hpp>
 #include <packkv/codec/pack_quantize.hpp>
+#include <packkv/codec/pages.hpp>
 #include <packkv/detail/packed_bytes.cuh>
 
 namespace packkv::thread {
@@ -14,9 +15,9 @@ namespace packkv::thread {
 /// How the elements of a group become codes: byte 2 of (x - before) * inverse + offset as a float in [128, 256).
 ///
 /// Why that is encode_code(). Let q = d / scale exactly, d = x - before as rounded there, v = q rounded to a float, and
-/// z = zero (0 if floating). The code is floor(v + 1/2) - z unless v + 1/2 is an integer. The sum has offset = 128.5 - z +
-/// 2^-14, exact in a float, and one rounding. The reciprocal is within 2^-23 of itself, v within 2^-24, so with
-/// |q| <= |z| + 128 <= 191 the sum is within 191 * 1.5 * 2^-23 + 2^-17 < 3 * 2^-16 of v + offset. As a float from 128 to
+/// z = zero (0 if floating). The code is floor(v + 1/2) - z unless v + 1/2 is an integer. The sum has offset = 128.5 -
+/// z + 2^-14, exact in a float, and one rounding. The reciprocal is within 2^-23 of itself, v within 2^-24, so with |q|
+/// <= |z| + 128 <= 191 the sum is within 191 * 1.5 * 2^-23 + 2^-17 < 3 * 2^-16 of v + offset. As a float from 128 to
 /// 256 it has 16 bits of fraction, and byte 2 above them: so byte 2 is the code unless an integer (the code's
 /// boundary, or v's tie) lies within 3 * 2^-16 of v + offset - 2^-14. Then the 16 bits, which 2^-14 moves up by 4, are
 /// below 8, and the element is divided. At 256 and above two steps are one bit, so they are below 8, too; below 128
@@ -81,8 +82,7 @@ __device__ inline packkv::detail::bytes8 divided_codes(const pack_codec& codec, 
     codes.word[0] = codes.word[0] >> 8 | codes.word[1] << 24;
     codes.word[1] = codes.word[1] >> 8 | static_cast<std::uint32_t>(within) << 24;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      elements.word[k] = elements.word[k] >> 16 | (k < 3 ? elements.word[k + 1] << 16 : 0u);
+    for (int k = 0; k < 4; ++k) elements.word[k] = elements.word[k] >> 16 | (k < 3 ? elements.word[k + 1] << 16 : 0u);
   }
   return codes;
 }

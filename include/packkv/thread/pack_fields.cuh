@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packs of four channels by one thread: smallest codes and widths, and their fields as bits.
 // One idea: four codes of a pack in a word become fields of any width by two dot products with powers of two.
-//   const auto q = thread::measure_packs<16>(codes, head_dim);   thread::fields_of_packs<16, false>(codes, head_dim, q, runs);
+//   const auto q = thread::measure_packs<16>(codes, head_dim);   thread::fields_of_packs<16, false>(codes, head_dim, q,
+//   runs);
 #pragma once
 
 #include <packkv/detail/packed_bytes.cuh>

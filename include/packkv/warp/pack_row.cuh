@@ -2,7 +2,8 @@
 // The codes of one token of packs whose channels lie side by side, by a warp: granularities token and vector.
 // One idea: four 16-byte loads of a lane hold up to 1,024 channels of several heads in registers, from the search for
 // the smallest and largest element to the codes, so that memory is read once.
-//   warp::for_each_code<BFloat>(codec, in, b, kv_heads, token, [&](int load, int head, int channel, bytes8 codes) { .. });
+//   warp::for_each_code<BFloat>(codec, in, b, kv_heads, token, [&](int load, int head, int channel, bytes8 codes) { ..
+//   });
 #pragma once
 
 #include <packkv/core/views.hpp>
@@ -18,7 +19,10 @@ struct pack_row_shape {
   int load_bits;  ///< 2^load_bits loads have one head: 2 with 512 channels, else 1
 
   PACKKV_HOST_DEVICE constexpr explicit pack_row_shape(int head_dim)
-      : lane_bits(head_dim <= 64 ? 3 : head_dim <= 128 ? 4 : 5), load_bits(head_dim > 256 ? 1 : 0) {}
+      : lane_bits(head_dim <= 64    ? 3
+                  : head_dim <= 128 ? 4
+                                    : 5),
+        load_bits(head_dim > 256 ? 1 : 0) {}
   /// Heads of a chunk, which is what a warp holds at a time.
   PACKKV_HOST_DEVICE constexpr int heads() const { return (loads * 32) >> (lane_bits + load_bits); }
   /// What a lane has of a load.
@@ -59,12 +63,14 @@ class pack_chunk {
   }
 
   __device__ void load(std::int64_t token, elements& x) const {
-    const char* const row = data_ + token * token_stride_;
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k) {
-      const char* const at = row + (shape_.load_bits == 1 ? (k / 2) * head_step_ + (k % 2) * 512 : k * head_step_);
-      x[k] = loaded_[k] ? packkv::detail::load16(at) : packkv::detail::bytes16{};
-    }
+    for (int k = 0; k < pack_row_shape::loads; ++k) load(token, k, x);
+  }
+  /// One load of a token; x[k] alone is written.
+  __device__ void load(std::int64_t token, int k, elements& x) const {
+    const char* const at =
+        data_ + token * token_stride_ + (shape_.load_bits == 1 ? (k / 2) * head_step_ + (k % 2) * 512 : k * head_step_);
+    x[k] = loaded_[k] ? packkv::detail::load16(at) : packkv::detail::bytes16{};
   }
 
   /// Extent of the lane's elements; combine() joins it with another.
@@ -87,19 +93,23 @@ class pack_chunk {
   }
   __device__ static pack_range range_of_lanes(std::uint32_t key) { return range_of(among<32>(key)); }
 
-  /// visit(load, head, channel, codes) in every lane that has them, under one range.
-  template <class Visit>
-  __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step,
-                        Visit&& visit) const {
+  /// visit(load, head, channel, codes) in every lane that has them, under one range; done(k) in all lanes when x[k] is
+  /// no longer needed.
+  template <class Visit, class Done>
+  __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step, Visit&& visit,
+                        Done&& done) const {
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k)
+    for (int k = 0; k < pack_row_shape::loads; ++k) {
       if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, range, step, x[k]));
+      done(k);
+    }
   }
 
-  /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the step of load lane % 4 of its head.
-  template <class Visit>
-  __device__ void codes_of_heads(const elements& x, int slot, pack_range* ranges, std::uint32_t& flags,
-                                 Visit&& visit) const {
+  /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the
+  /// step of load lane % 4 of its head.
+  template <class Visit, class Done>
+  __device__ void codes_of_heads(const elements& x, int slot, pack_range* ranges, std::uint32_t& flags, Visit&& visit,
+                                 Done&& done) const {
     using namespace packkv::detail;
     const int own = lane_id() % pack_row_shape::loads, group = lane_id() - shape_.lane_within(lane_id());
     const bool exists = own < 2 ? (own == 0 ? loaded_[0] : loaded_[1]) : (own == 2 ? loaded_[2] : loaded_[3]);
@@ -116,6 +126,7 @@ class pack_chunk {
       const std::uint32_t bits = shuffle(range_bits, group + k);
       const pack_range r{static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
       if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, r, s, x[k]));
+      done(k);
     }
   }
 
@@ -135,10 +146,9 @@ class pack_chunk {
   }
   __device__ static std::uint32_t extent(const packkv::detail::bytes16& x) {
     using namespace packkv::detail;
-    return folded(min_floats16<BFloat>(min_floats16<BFloat>(x.word[0], x.word[1]),
-                                       min_floats16<BFloat>(x.word[2], x.word[3])),
-                  max_floats16<BFloat>(max_floats16<BFloat>(x.word[0], x.word[1]),
-                                       max_floats16<BFloat>(x.word[2], x.word[3])));
+    return folded(
+        min_floats16<BFloat>(min_floats16<BFloat>(x.word[0], x.word[1]), min_floats16<BFloat>(x.word[2], x.word[3])),
+        max_floats16<BFloat>(max_floats16<BFloat>(x.word[0], x.word[1]), max_floats16<BFloat>(x.word[2], x.word[3])));
   }
   template <int Lanes>
   __device__ static std::uint32_t among(std::uint32_t key) {
@@ -209,12 +219,12 @@ __device__ inline void for_each_code(const pack_codec& codec, const input_view<4
     typename pack_chunk<BFloat>::elements x;
     chunk.load(token, x);
     if (of_heads) {
-      chunk.codes_of_heads(x, 0, nullptr, flags, visit);
+      chunk.codes_of_heads(x, 0, nullptr, flags, visit, [](int) {});
     } else {
       if (kv_heads <= most) range = pack_chunk<BFloat>::range_of_lanes(chunk.extent(x));
       pack_range copy = range;
       const thread::code_step step = thread::make_code_step<BFloat>(codec, copy, flags);
-      chunk.codes(x, copy, step, visit);
+      chunk.codes(x, copy, step, visit, [](int) {});
     }
   }
 }
