@@ -90,7 +90,7 @@ struct grouped_copy {
   }
 };
 
-/// The same of packs, whose order is none or median: the greedy one is made on the CPU (bench/encode_host).
+/// The same of packs in the orders none and median; bench/packs times encoding in every order.
 struct pack_copy {
   const tensors& x;
   pk::pack_format format;
