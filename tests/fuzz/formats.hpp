@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Formats, pages and parameters of the fuzz targets for paged caches: head dim 64, every kind of codec.
+//   const auto format = fuzz::any_format(in);   fuzz::page_pool pool(in, format);   const auto p = fuzz::any_parameters(...);
+#pragma once
+
+#include <packkv/codec/checks.hpp>
+
+#include "input.hpp"
+
+namespace fuzz {
+
+inline constexpr int head_dim = 64;
+using format = pk::runtime_format<head_dim>;
+
+/// A valid codec. Keys and values of head dim 64 have strips of 16 channels.
+inline pk::codec_spec any_codec(input& in, pk::side which) {
+  constexpr pk::transform_kind transforms[] = {pk::transform_kind::identity, pk::transform_kind::hadamard,
+                                               pk::transform_kind::permutation, pk::transform_kind::basis};
+  constexpr int widths[] = {8, 4, 3, 2, 1, 0}, groups[] = {16, 32, 64};
+  switch (in.below(6)) {
+    case 0:
+      return pk::make_element_codec(pk::codec_kind::float16, head_dim);
+    case 1:
+      return pk::make_element_codec(pk::codec_kind::bfloat16, head_dim);
+    case 2:
+      return pk::make_element_codec(pk::codec_kind::fp8, head_dim);
+    case 3: {
+      const int group = in.pick(groups);
+      return pk::make_grouped_codec(which, head_dim, widths[in.below(5)],
+                                    which == pk::side::key && group == 16 ? 32 : group, transforms[in.below(2)]);
+    }
+    default: {
+      pk::strip_widths plan;
+      plan.count = head_dim / pk::strip_channels(which, head_dim);
+      for (int i = 0, at = 0; i < plan.count; ++i) {  // widest first
+        at = at + in.below(6 - at);
+        plan.width[i] = static_cast<std::uint8_t>(widths[at]);
+      }
+      const pk::transform_kind transform = in.pick(transforms);
+      return pk::make_plan_codec(which, head_dim, transform, plan, which == pk::side::key ? in.below(5) : 0);
+    }
+  }
+}
+
+inline format any_format(input& in) {
+  format f;
+  f.key_spec = any_codec(in, pk::side::key);
+  f.value_spec = any_codec(in, pk::side::value);
+  check(static_cast<bool>(pk::check_format(f)), "a codec from the make functions is accepted");
+  return f;
+}
+
+/// Pages of their own memory for K and for V, which ends where the last tile does.
+struct page_pool {
+  memory keys, values;
+  pk::pages_view pages;
+
+  page_pool(const format& f, int num_pages, int kv_heads, int tiles_per_page, int gap, int byte = 0)
+      : keys(bytes(f.key().tile_bytes(), num_pages, kv_heads, tiles_per_page, gap), byte),
+        values(bytes(f.value().tile_bytes(), num_pages, kv_heads, tiles_per_page, gap), byte) {
+    pages.key_data = keys.data(), pages.value_data = values.data();
+    pages.num_pages = num_pages, pages.kv_heads = kv_heads, pages.tiles_per_page = tiles_per_page;
+    pages.key_head_stride = pk::key_page_bytes(f, tiles_per_page) + gap;
+    pages.value_head_stride = pk::value_page_bytes(f, tiles_per_page) + gap;
+    pages.key_page_stride = pages.key_head_stride * kv_heads, pages.value_page_stride = pages.value_head_stride * kv_heads;
+  }
+  page_pool(const page_pool&) = delete;
+  page_pool& operator=(const page_pool&) = delete;
+
+ private:
+  static std::int64_t bytes(std::int64_t tile, int num_pages, int kv_heads, int tiles_per_page, int gap) {
+    const std::int64_t heads = std::int64_t{num_pages} * kv_heads;
+    return heads * (tile * tiles_per_page + gap) - (heads > 0 ? gap : 0);
+  }
+};
+
+}  // namespace fuzz
