@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Formats, pages and parameters of the fuzz targets for paged caches: head dim 64, every kind of codec.
-//   const auto format = fuzz::any_format(in);   fuzz::page_pool pool(in, format);   const auto p = fuzz::any_parameters(...);
+//   const fuzz::format f = fuzz::any_format(in);   fuzz::page_pool pool(f, 2, 1, 1, 0);   auto p =
+//   fuzz::any_parameters(in, f);
 #pragma once
 
 #include <packkv/codec/checks.hpp>
@@ -62,7 +63,8 @@ struct page_pool {
     pages.num_pages = num_pages, pages.kv_heads = kv_heads, pages.tiles_per_page = tiles_per_page;
     pages.key_head_stride = pk::key_page_bytes(f, tiles_per_page) + gap;
     pages.value_head_stride = pk::value_page_bytes(f, tiles_per_page) + gap;
-    pages.key_page_stride = pages.key_head_stride * kv_heads, pages.value_page_stride = pages.value_head_stride * kv_heads;
+    pages.key_page_stride = pages.key_head_stride * kv_heads,
+    pages.value_page_stride = pages.value_head_stride * kv_heads;
   }
   page_pool(const page_pool&) = delete;
   page_pool& operator=(const page_pool&) = delete;
@@ -73,5 +75,44 @@ struct page_pool {
     return heads * (tile * tiles_per_page + gap) - (heads > 0 ? gap : 0);
   }
 };
+
+/// Arrays that any codec of head dim 64 may need, for max_heads heads; good ones.
+inline constexpr int max_heads = 2;
+struct parameter_arrays {
+  float column[max_heads * head_dim], leading[max_heads * pk::max_leading], offset[max_heads * head_dim];
+  std::int16_t permutation[max_heads * head_dim];
+  alignas(16) float basis[max_heads * head_dim * head_dim] = {}, inverse[max_heads * head_dim * head_dim] = {};
+
+  parameter_arrays() {
+    for (int i = 0; i < max_heads * head_dim; ++i) {
+      const int c = i % head_dim, other = (c * 5 + 3) % head_dim;
+      column[i] = 0.25f + 0.015625f * static_cast<float>(c), offset[i] = 0.5f * static_cast<float>(c % 7 - 3);
+      permutation[i] = static_cast<std::int16_t>(other);
+      basis[i * head_dim + other] = 2.0f, inverse[(i - c + other) * head_dim + c] = 0.5f;
+    }
+    for (float& x : leading) x = 0.03125f;
+  }
+};
+inline const parameter_arrays& good_arrays() {
+  static const parameter_arrays arrays;
+  return arrays;
+}
+
+/// Parameters that the format accepts, some of what it may do without left out.
+inline pk::parameters<format> any_parameters(input& in, const format& f) {
+  const parameter_arrays& a = good_arrays();
+  pk::parameters<format> p;
+  p.format = f;
+  for (pk::side_parameters* s : {&p.key, &p.value}) {
+    const pk::codec_spec& spec = s == &p.key ? f.key() : f.value();
+    const int given = in.byte();
+    s->permutation = a.permutation, s->leading_scale = a.leading, s->basis = a.basis, s->basis_inverse = a.inverse;
+    if ((given & 1) != 0 && spec.kind != pk::codec_kind::grouped) s->column_scale = a.column;
+    if ((given & 2) != 0) s->channel_offset = a.offset;
+    s->tensor_scale = (given & 4) != 0 ? 0.25f : 1.0f;
+  }
+  check(static_cast<bool>(pk::check_parameters(p)), "good parameters are accepted");
+  return p;
+}
 
 }  // namespace fuzz

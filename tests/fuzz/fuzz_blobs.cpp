@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blobs from an untrusted source. Properties: a blob is accepted exactly when write_blob makes these bytes of the pages that
-// it leaves; what is refused changes nothing; what is accepted changes its heads of its page alone.
+// Blobs from an untrusted source. Properties: a blob is accepted exactly when write_blob makes these bytes of the pages
+// that it leaves; what is refused changes nothing; what is accepted changes its heads of its page alone.
 #include <packkv/cache/blob.hpp>
 #include <packkv/reference/tile.hpp>
 
@@ -24,7 +24,8 @@ fuzz::memory any_blob(fuzz::input& in, const fuzz::format& f, const pk::blob_id&
     std::uint64_t edit[3];
     for (int i = 0; i < edits; ++i) edit[i] = in.bits(3);
     in.fill(source.keys), in.fill(source.values);
-    fuzz::check(static_cast<bool>(pk::write_blob(f, id, source.pages, 0, blob.data(), blob.size())), "a blob is written");
+    fuzz::check(static_cast<bool>(pk::write_blob(f, id, source.pages, 0, blob.data(), blob.size())),
+                "a blob is written");
     for (int i = 0; i < edits; ++i)  // half of them in the header
       blob[static_cast<std::int64_t>(edit[i] >> 9) % ((edit[i] & 256) != 0 ? blob.size() : field::end)] =
           static_cast<std::uint8_t>(edit[i]);
@@ -58,8 +59,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   fuzz::check(static_cast<bool>(pk::write_blob(f, id, pool.pages, page, heads, again.data(), again.size())),
               "the pages of an accepted blob can be written");
   fuzz::check(again == blob, "an accepted blob is written as it was read");
-  fuzz::page_pool rest(f, 2, kv_heads, tiles, static_cast<int>(pool.pages.key_head_stride - pk::key_page_bytes(f, tiles)),
-                       0xee);
+  fuzz::page_pool rest(f, 2, kv_heads, tiles,
+                       static_cast<int>(pool.pages.key_head_stride - pk::key_page_bytes(f, tiles)), 0xee);
   pk::detail::for_each_part(f, pool.pages, page, heads, [](std::uint8_t* at, std::int64_t, std::int64_t bytes) {
     std::memset(at, 0xee, static_cast<std::size_t>(bytes));
   });

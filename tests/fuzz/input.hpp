@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fuzz targets share: an input as small numbers and bytes, memory of exactly the bytes that a call may touch, and
-// what happens when a property does not hold.
+// What the fuzz targets share: an input as small numbers and bytes, memory of exactly the bytes that a call may touch,
+// and what happens when a property does not hold.
 //   fuzz::input in(data, size);   const int heads = 1 + in.below(2);   fuzz::memory page(bytes);   in.fill(page);
 #pragma once
 
@@ -99,8 +99,8 @@ class input {
     return out;
   }
   /// Fills memory with what is left, again and again, after a byte that says how it changes from one time to the next:
-  /// not at all, in what are the mantissas of IEEE halves, or in all bits. Only that byte is taken. Not instrumented: its
-  /// comparisons would only distract libFuzzer.
+  /// not at all, in what are the mantissas of IEEE halves, or in all bits. Only that byte is taken. Not instrumented:
+  /// its comparisons would only distract libFuzzer.
   __attribute__((no_sanitize("coverage", "address", "undefined"))) void fill(void* to, std::int64_t size) {
     constexpr std::uint64_t masks[] = {0, 0x03ff03ff03ff03ffu, 0, ~std::uint64_t{0}};
     const std::uint64_t mask = pick(masks);

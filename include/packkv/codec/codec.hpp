@@ -85,12 +85,6 @@ struct leading {
 };
 
 namespace detail {
-PACKKV_HOST_DEVICE constexpr bool same_layout(const strip_layout& a, const strip_layout& b) {
-  bool same = a.which == b.which && a.channels == b.channels && a.count == b.count && a.words == b.words;
-  for (int i = 0; i < max_strips; ++i)
-    same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
-  return same;
-}
 /// What a grouped codec must satisfy beside what plans do.
 PACKKV_HOST_DEVICE constexpr status check_groups(side which, const codec_spec& spec) {
   const int width = spec.strips.width[0];

@@ -104,10 +104,8 @@ PACKKV_HOST_DEVICE constexpr status check_groups(const grouped_spec& spec) {
                   spec.group);
   if (spec.spans_heads() && spec.group != 0)
     return refuse(status_code::invalid_argument, "groups over all heads have no group size: set it to 0", spec.group);
-  bool placed = spec.strips.which == spec.which && spec.strips.words == 2 * spec.head_dim * spec.width &&
-                spec.strips.channels == strip_channels(spec.which, spec.head_dim) &&
-                spec.strips.count == spec.head_dim / spec.strips.channels;
-  for (int i = 0; placed && i < spec.strips.count; ++i) placed = spec.strips.width[i] == spec.width;
+  const strip_widths widths = uniform_widths(spec.which, spec.head_dim, spec.width);
+  const bool placed = same_layout(spec.strips, make_strips(spec.which, spec.head_dim, widths));
   if (!placed) return refuse(status_code::invalid_argument, "a spec's strips were not placed by make_grouped");
   return {};
 }

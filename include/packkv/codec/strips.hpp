@@ -118,4 +118,15 @@ PACKKV_HOST_DEVICE constexpr strip_layout make_strips(side which, int head_dim, 
   return s;
 }
 
+namespace detail {
+
+/// Whether code words lie at the same places: a layout that came as data, and the one that make_strips makes.
+PACKKV_HOST_DEVICE constexpr bool same_layout(const strip_layout& a, const strip_layout& b) {
+  bool same = a.which == b.which && a.channels == b.channels && a.count == b.count && a.words == b.words;
+  for (int i = 0; i < max_strips; ++i)
+    same = same && a.width[i] == b.width[i] && a.low[i] == b.low[i] && a.high[i] == b.high[i];
+  return same;
+}
+
+}  // namespace detail
 }  // namespace packkv

@@ -91,9 +91,10 @@ inline void load_row(const input_view<3>& x, std::int64_t b, std::int64_t h, dou
     row[c] = static_cast<double>(packkv::detail::load_element(packkv::detail::address(x, b, h, c), x.type));
 }
 
-/// in [batch, query_heads, in_extent], out [batch, query_heads, out_extent].
-inline status check_pack_gemv(const pack_format& f, const packs_view& packs, const input_view<3>& in,
-                              const output_view<3>& out, std::int64_t in_extent, std::int64_t out_extent) {
+/// Of keys: in [batch, query_heads, D_k], out [batch, query_heads, blocks * 64]; of values: in [batch, query_heads,
+/// blocks * 64], out [batch, query_heads, D_v].
+inline status check_pack_gemv(const pack_format& f, const packs_view& packs, side which, const input_view<3>& in,
+                              const output_view<3>& out) {
   if (const status s = check_packs(f, packs); !s) return s;
   if (const status s = packkv::detail::check_view(in); !s) return s;
   if (const status s = packkv::detail::check_view(out); !s) return s;
@@ -101,7 +102,10 @@ inline status check_pack_gemv(const pack_format& f, const packs_view& packs, con
     return refuse(status_code::shape_mismatch, "a tensor's batch is not the format's");
   if (in.extent[1] != out.extent[1] || in.extent[1] % f.kv_heads != 0)
     return refuse(status_code::shape_mismatch, "query heads must be the same multiple of the KV heads everywhere");
-  if (in.extent[2] != in_extent || out.extent[2] != out_extent)
+  const std::int64_t slots = packs.blocks * tile_tokens;  // fits, because the packs do
+  const std::int64_t of_elements = which == side::key ? in.extent[2] : out.extent[2];
+  const std::int64_t of_slots = which == side::key ? out.extent[2] : in.extent[2];
+  if (of_elements != f.codec(which).head_dim || of_slots != slots)
     return refuse(status_code::shape_mismatch, "a tensor's last extent is not the packs' head_dim or tokens");
   return {};
 }
@@ -112,9 +116,7 @@ inline status check_pack_gemv(const pack_format& f, const packs_view& packs, con
 /// h * group .. belong to KV head h. queries [batch, query_heads, D_k], scores [batch, query_heads, blocks * 64].
 inline status key_gemv(const pack_format& f, const packs_view& packs, const input_view<3>& queries, float scale,
                        const output_view<3>& scores) {
-  if (const status s = detail::check_pack_gemv(f, packs, queries, scores, f.key.head_dim, packs.blocks * tile_tokens);
-      !s)
-    return s;
+  if (const status s = detail::check_pack_gemv(f, packs, side::key, queries, scores); !s) return s;
   const std::int64_t group = queries.extent[1] / f.kv_heads;
   detail::unpacked_tile tile(f, side::key);
   double q[max_head_dim], s[tile_tokens];
@@ -137,9 +139,7 @@ inline status key_gemv(const pack_format& f, const packs_view& packs, const inpu
 /// order of the slots, out [batch, query_heads, D_v].
 inline status value_gemv(const pack_format& f, const packs_view& packs, const input_view<3>& weights,
                          const output_view<3>& out) {
-  if (const status s = detail::check_pack_gemv(f, packs, weights, out, packs.blocks * tile_tokens, f.value.head_dim);
-      !s)
-    return s;
+  if (const status s = detail::check_pack_gemv(f, packs, side::value, weights, out); !s) return s;
   const std::int64_t group = weights.extent[1] / f.kv_heads;
   const std::size_t dim = static_cast<std::size_t>(f.value.head_dim);
   detail::unpacked_tile tile(f, side::value);
