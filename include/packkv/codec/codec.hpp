@@ -142,7 +142,7 @@ PACKKV_HOST_DEVICE constexpr codec_spec make_plan_codec(side which, int head_dim
   spec.kind = codec_kind::plan;
   spec.transform = transform;
   spec.head_dim = detail::stored_head_dim(head_dim);
-  spec.leading = static_cast<std::int16_t>(leading);
+  spec.leading = static_cast<std::int16_t>(leading < 0 || leading > max_leading ? -1 : leading);
   spec.strips = make_strips(which, head_dim, widths);
   return spec;
 }

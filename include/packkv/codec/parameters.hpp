@@ -6,11 +6,13 @@
 
 #include <cstdint>
 #include <packkv/codec/codec.hpp>
+#include <utility>
 
 namespace packkv {
 
 /// Run-time data of one side. Arrays are row-major [kv_heads, ...] in the memory space of the call (device
-/// memory for kernels, host memory for the reference) and must stay valid until the call has completed.
+/// memory for kernels, host memory for the reference) and must stay valid until the call has completed. Kernels trust
+/// their elements, which check_parameter_arrays checks.
 struct side_parameters {
   /// plan: step of each channel relative to the row scale, [kv_heads, head_dim], finite and > 0, in the order
   /// of the transformed channels. Null: the Gaussian-optimal step of the strip's width (gaussian_step).
@@ -90,6 +92,36 @@ inline status check_side(const codec_spec& spec, const side_parameters& p) {
   return {};
 }
 
+/// Whether n numbers are finite and, if they are steps, > 0; no array is good.
+inline bool are_numbers(const float* x, std::int64_t n, bool steps) {
+  for (std::int64_t i = 0; x != nullptr && i < n; ++i)
+    if (!is_finite(x[i]) || (steps && !(x[i] > 0.0f))) return false;
+  return true;
+}
+inline bool is_permutation(const std::int16_t* order, int n) {
+  bool seen[max_head_dim] = {};
+  for (int i = 0; i < n; ++i)
+    if (order[i] < 0 || order[i] >= n || std::exchange(seen[order[i]], true)) return false;
+  return true;
+}
+/// What a side that check_side accepts reads of its arrays.
+inline status check_side_arrays(const codec_spec& spec, const side_parameters& p, std::int32_t kv_heads) {
+  const std::int64_t channels = static_cast<std::int64_t>(kv_heads) * spec.head_dim;
+  if (spec.kind == codec_kind::plan && !are_numbers(p.column_scale, channels, true))
+    return refuse(status_code::invalid_argument, "column_scale must be finite and > 0");
+  if (spec.has_codes() && !are_numbers(p.channel_offset, channels, false))
+    return refuse(status_code::invalid_argument, "channel_offset must be finite");
+  if (spec.leading > 0 && !are_numbers(p.leading_scale, static_cast<std::int64_t>(kv_heads) * spec.leading, true))
+    return refuse(status_code::invalid_argument, "leading_scale must be finite and > 0");
+  if (spec.transform == transform_kind::basis && (!are_numbers(p.basis, channels * spec.head_dim, false) ||
+                                                  !are_numbers(p.basis_inverse, channels * spec.head_dim, false)))
+    return refuse(status_code::invalid_argument, "basis and basis_inverse must be finite");
+  for (std::int32_t h = 0; h < kv_heads && spec.transform == transform_kind::permutation; ++h)
+    if (!is_permutation(p.permutation + static_cast<std::int64_t>(h) * spec.head_dim, spec.head_dim))
+      return refuse(status_code::invalid_argument, "a row of permutation is no permutation of the channels", h);
+  return {};
+}
+
 /// What coding needs beside check_parameters.
 template <class Format>
 inline status check_encoder(const parameters<Format>& p) {
@@ -117,6 +149,16 @@ inline status check_parameters(const parameters<Format>& p) {
   if (const status s = check_format(p.format); !s) return s;
   if (const status s = detail::check_side(p.format.key(), p.key); !s) return s;
   return detail::check_side(p.format.value(), p.value);
+}
+
+/// Checks the elements of all arrays that the format reads, which are host memory: permutations that are none would
+/// reach beyond a token, scales of 0 give no numbers. The reference does so in every call; arrays that come from a file
+/// want it before they are copied to a device.
+template <class Format>
+inline status check_parameter_arrays(const parameters<Format>& p, std::int32_t kv_heads) {
+  if (const status s = check_parameters(p); !s) return s;
+  if (const status s = detail::check_side_arrays(p.format.key(), p.key, kv_heads); !s) return s;
+  return detail::check_side_arrays(p.format.value(), p.value, kv_heads);
 }
 
 }  // namespace packkv

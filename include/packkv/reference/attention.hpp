@@ -70,6 +70,7 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
   using namespace packkv::detail;
   if (const status s = check_gemv(cache, params, queries, scores, Format::key_head_dim, cache.max_seq_len); !s)
     return s;
+  if (const status s = check_parameter_arrays(params, cache.pages.kv_heads); !s) return s;
   const int group = static_cast<int>(queries.extent[1] / cache.pages.kv_heads);
   float q[max_head_dim], k[max_head_dim];
   for (std::int64_t b = 0; b < cache.batch; ++b) {
@@ -95,6 +96,7 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
                   const output_view<3>& out, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_gemv(cache, params, weights, out, cache.max_seq_len, Format::value_head_dim); !s) return s;
+  if (const status s = check_parameter_arrays(params, cache.pages.kv_heads); !s) return s;
   const int group = static_cast<int>(weights.extent[1] / cache.pages.kv_heads);
   constexpr int dim = Format::value_head_dim;
   float v[max_head_dim];
@@ -127,6 +129,7 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
                         const attention_options& options, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_decode(queries, query_start_loc, cache, params, out, lse, options); !s) return s;
+  if (const status s = check_parameter_arrays(params, cache.pages.kv_heads); !s) return s;
   const int group = static_cast<int>(queries.extent[1] / cache.pages.kv_heads);
   const double log2e = 1.4426950408889634;
   float q[max_head_dim], k[max_head_dim], v[max_head_dim];

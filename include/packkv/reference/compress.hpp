@@ -54,6 +54,7 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
                 device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_encoder(params); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   for (std::int64_t b = 0; b < keys.extent[0]; ++b) {
@@ -79,6 +80,7 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
                   device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   const codec_spec key = params.format.key(), value = params.format.value();
   float x[max_head_dim];
@@ -111,6 +113,7 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
                     const parameters<Format>& params, const pages_view& pages, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_token_encoder(params); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const codec_spec key = params.format.key(), value = params.format.value();
@@ -143,6 +146,7 @@ template <class Format>
 status store_tiles(const input_view<4>& keys, const input_view<4>& values, const tile_move* moves, std::int64_t n,
                    const parameters<Format>& params, const pages_view& pages, device_report& report) {
   if (const status s = packkv::detail::check_store_tiles(keys, values, moves, n, params, pages); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   for (std::int64_t i = 0; i < n; ++i) {
     const packkv::detail::tile_place to = packkv::detail::place_of(moves[i], keys, pages, report.flags);
     if (!to.valid) continue;
