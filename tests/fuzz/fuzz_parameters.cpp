@@ -19,7 +19,8 @@ pk::codec_spec any_spec(fuzz::input& in, pk::side which) {
   const int how = in.byte();
   if (how < 128) return fuzz::any_codec(in, which);
   if (how < 192) {
-    const int d = how % 4 == 0 ? in.near(513) : dim, leading = in.near(5), group = in.near(65), transform = in.near(4), width = in.near(9);
+    const int d = how % 4 == 0 ? in.near(513) : dim, leading = in.near(5), group = in.near(65), transform = in.near(4),
+              width = in.near(9);
     pk::strip_widths widths;
     widths.count = in.near(5);
     for (std::uint8_t& w : widths.width) w = static_cast<std::uint8_t>(in.below(9));
@@ -27,9 +28,9 @@ pk::codec_spec any_spec(fuzz::input& in, pk::side which) {
     spec = plan ? pk::make_plan_codec(which, d, static_cast<pk::transform_kind>(transform), widths, leading)
                 : pk::make_grouped_codec(which, d, width, group, static_cast<pk::transform_kind>(transform));
     if (pk::check_codec(which, spec))
-      fuzz::check(spec.head_dim == d &&
-                      (plan ? spec.leading == leading : spec.group == group && spec.strips.width[0] == width),
-                  "an accepted codec has the numbers that it was made from");
+      fuzz::check(
+          spec.head_dim == d && (plan ? spec.leading == leading : spec.group == group && spec.strips.width[0] == width),
+          "an accepted codec has the numbers that it was made from");
     return spec;
   }
   spec = fuzz::any_codec(in, which);

@@ -158,6 +158,61 @@ inline status check_calibration(const codec_spec& spec, const input_view<2>& x, 
   return {};
 }
 
+/// The arrays of a head_output that calibrate_head writes.
+class head_arrays {
+ public:
+  head_arrays(const codec_spec& spec, const head_output& out) {
+    const std::size_t n = static_cast<std::size_t>(spec.head_dim);
+    const auto sized = [](const auto* wanted, std::size_t size) { return wanted != nullptr ? size : 0; };
+    if (spec.transform == transform_kind::permutation) permutation_.resize(sized(out.permutation, n));
+    floats_[0].resize(sized(out.column_scale, n));
+    floats_[1].resize(sized(out.leading_scale, static_cast<std::size_t>(spec.leading)));
+    floats_[2].resize(sized(out.channel_offset, n));
+    if (spec.transform != transform_kind::basis) return;
+    floats_[3].resize(sized(out.basis, n * n));
+    floats_[4].resize(sized(out.basis_inverse, n * n));
+  }
+  head_output view() {
+    const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
+    return {at(permutation_), at(floats_[0]), at(floats_[1]), at(floats_[2]), at(floats_[3]), at(floats_[4])};
+  }
+  bool finite() const {
+    bool all = true;
+    for (const std::vector<float>& x : floats_)
+      all = all && packkv::detail::are_numbers(x.data(), static_cast<std::int64_t>(x.size()), false);
+    return all;
+  }
+  void copy_to(const head_output& out) const {
+    std::copy(permutation_.begin(), permutation_.end(), out.permutation);
+    float* const to[] = {out.column_scale, out.leading_scale, out.channel_offset, out.basis, out.basis_inverse};
+    for (int i = 0; i < 5; ++i) std::copy(floats_[i].begin(), floats_[i].end(), to[i]);
+  }
+
+ private:
+  std::vector<std::int16_t> permutation_;
+  std::vector<float> floats_[5];
+};
+
+/// calibrate_head of checked arguments.
+inline void calibrate_into(const codec_spec& spec, const input_view<2>& x, const input_view<3>& queries,
+                           const head_output& out) {
+  samples tokens{spec.head_dim, 0, {}};
+  append_rows(tokens, x, max_samples);
+  if (out.channel_offset != nullptr) centre(tokens, out.channel_offset);
+  if (spec.transform == transform_kind::permutation) order_channels(tokens, queries, out.permutation);
+  if (spec.transform == transform_kind::basis) find_basis(tokens, queries, out.basis, out.basis_inverse);
+  transform_all(tokens, spec.transform, {out.permutation, out.basis, out.basis_inverse});
+  if (out.leading_scale != nullptr) {
+    const std::vector<double> moments = second_moments(tokens);
+    for (int i = 0; i < spec.leading; ++i) {
+      const double scale =
+          leading_reach * std::sqrt(tokens.count > 0 ? moments[static_cast<std::size_t>(i)] : 0.0) / 127.0;
+      out.leading_scale[i] = max_of(1.17549435e-38f, static_cast<float>(scale));
+    }
+  }
+  if (out.column_scale != nullptr) column_steps(spec, tokens, out.column_scale);
+}
+
 }  // namespace detail
 
 /// Channels in order of falling contribution E[q_c^2] * E[x_c^2], ties by lower index. Without queries (a null view)
@@ -177,25 +232,16 @@ inline void channel_order(const input_view<2>& x, const input_view<3>& queries, 
 /// - column_scale: for each channel of y / row (row: the token's stored row scale) the step with the least squared
 ///   error among multiples of sigma * gaussian_step(width); always finite and > 0;
 /// - leading_scale: 4 sigma / 127 of the component, at least the smallest normal float.
-/// Tokens with a non-finite channel are left out. Nothing is written unless the status is ok.
+/// Tokens with a non-finite channel are left out. Refused where a result would not be finite, as of tokens near the
+/// largest float. Nothing is written unless the status is ok.
 inline status calibrate_head(const codec_spec& spec, const input_view<2>& x, const input_view<3>& queries,
                              const head_output& out) {
   if (const status s = detail::check_calibration(spec, x, queries, out); !s) return s;
-  detail::samples tokens{spec.head_dim, 0, {}};
-  detail::append_rows(tokens, x, max_samples);
-  if (out.channel_offset != nullptr) detail::centre(tokens, out.channel_offset);
-  if (spec.transform == transform_kind::permutation) detail::order_channels(tokens, queries, out.permutation);
-  if (spec.transform == transform_kind::basis) detail::find_basis(tokens, queries, out.basis, out.basis_inverse);
-  detail::transform_all(tokens, spec.transform, {out.permutation, out.basis, out.basis_inverse});
-  if (out.leading_scale != nullptr) {
-    const std::vector<double> moments = detail::second_moments(tokens);
-    for (int i = 0; i < spec.leading; ++i) {
-      const double scale =
-          leading_reach * std::sqrt(tokens.count > 0 ? moments[static_cast<std::size_t>(i)] : 0.0) / 127.0;
-      out.leading_scale[i] = max_of(1.17549435e-38f, static_cast<float>(scale));
-    }
-  }
-  if (out.column_scale != nullptr) detail::column_steps(spec, tokens, out.column_scale);
+  detail::head_arrays made(spec, out);
+  detail::calibrate_into(spec, x, queries, made.view());
+  if (!made.finite())
+    return refuse(status_code::unsupported, "the samples are too large or too small: what they give does not fit floats");
+  made.copy_to(out);
   return {};
 }
 

@@ -160,8 +160,7 @@ inline status check_decode(const input_view<3>& queries, const std::int32_t* que
   if (queries.extent[0] > max_count) return refuse(status_code::overflow, "more than 2^31 - 1 query tokens");
   if (cache.batch > 0 && query_start_loc == nullptr)
     return refuse(status_code::invalid_argument, "query_start_loc is null");
-  if (!is_finite(o.softmax_scale) || !(o.softmax_scale > 0.0f))
-    return refuse(status_code::invalid_argument, "softmax_scale must be finite and > 0");
+  if (const status s = check_softmax_scale(o.softmax_scale); !s) return s;
   if (!is_finite(o.soft_cap) || o.soft_cap < 0.0f || o.window < 0)
     return refuse(status_code::invalid_argument, "soft_cap and window must not be negative");
   if (lse.data != nullptr)

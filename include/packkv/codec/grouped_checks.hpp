@@ -113,9 +113,7 @@ inline status check_sequence_lse(const output_view<2>& lse, const input_view<3>&
 /// What attention needs beside the operands' shapes.
 inline status check_sequence_queries(std::int64_t queries, std::int64_t tokens, float scale) {
   if (queries > tokens) return refuse(status_code::shape_mismatch, "there are more queries than tokens", queries);
-  if (!(scale > 0.0f) || !is_finite(scale))
-    return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
-  return {};
+  return check_softmax_scale(scale);
 }
 
 inline status check_sequence_options(const sequence_options& o, std::int64_t heads, std::int64_t tokens,

@@ -125,6 +125,12 @@ inline status check_view(const tensor_view<Pointer, Rank>& view) {
   return {};
 }
 
+/// The factor of scores before the softmax.
+inline status check_softmax_scale(float scale) {
+  if (is_finite(scale) && scale > 0.0f) return {};
+  return refuse(status_code::invalid_argument, "the softmax scale must be finite and > 0");
+}
+
 }  // namespace detail
 
 /// Row-major contiguous view of memory that is only read.

@@ -130,6 +130,7 @@ status attention(const pack_format& f, const packs_view& packs, const input_view
   if (const status s = check_device_packs(f, packs); !s) return s;
   if (const status s = check_pack_dims(f, KeyDim, ValueDim); !s) return s;
   if (const status s = check_pack_tensors(f, key_tail, value_tail, 0); !s) return s;
+  if (const status s = check_softmax_scale(scale); !s) return s;
   const std::int64_t tail = key_tail.extent[2], n = queries.extent[2];
   if (value_tail.extent[2] != tail) return refuse(status_code::shape_mismatch, "the tails of K and V differ in tokens");
   if (n > tail && !(n == 1 && packs.blocks > 0))

@@ -175,6 +175,7 @@ inline status attention(const pack_format& f, const packs_view& packs, const inp
   using namespace packkv::detail;
   if (const status s = check_packs(f, packs); !s) return s;
   if (const status s = check_pack_tensors(f, key_tail, value_tail, 0); !s) return s;
+  if (const status s = check_softmax_scale(scale); !s) return s;
   if (const status s = check_view(queries); !s) return s;
   if (const status s = check_view(out); !s) return s;
   const std::int64_t tail = key_tail.extent[2], heads = queries.extent[1], n = queries.extent[2];
@@ -193,9 +194,9 @@ inline status attention(const pack_format& f, const packs_view& packs, const inp
   const std::int64_t group = heads / f.kv_heads, packed = packs.blocks * tile_tokens;
   const int key_dim = f.key.head_dim, value_dim = f.value.head_dim;
   detail::unpacked_tile keys(f, side::key), values(f, side::value);
-  const std::int64_t rows = group * n;  // of one KV head
-  if (!(checked(group) * n * (packed + tail) * 8).valid())
+  if (!(checked(group) * n * (checked(packed) + tail) * 8).valid())
     return refuse(status_code::overflow, "the scores of one KV head do not fit 63 bits");
+  const std::int64_t rows = group * n;  // of one KV head
   std::vector<double> q(static_cast<std::size_t>(rows * key_dim)), s(static_cast<std::size_t>(rows * (packed + tail))),
       o(static_cast<std::size_t>(rows * value_dim)), largest(static_cast<std::size_t>(rows)), total(largest.size());
   for (int b = 0; b < f.batch; ++b)
