@@ -226,6 +226,68 @@ TEST_CASE("bad codecs and parameters are refused before anything is written", "[
         __LINE__);
 }
 
+TEST_CASE("arrays of parameters that a format cannot use are refused before anything is written", "[checks]") {
+  const std::initializer_list<entry> all = {&call::compress, &call::decompress, &call::store,
+                                            &call::decode,   &call::key_gemv,   &call::value_gemv};
+  // Of the last of two heads.
+  struct arrays {
+    std::vector<std::int16_t> order;
+    std::vector<float> column = std::vector<float>(256, 0.5f), offset = column, leading = std::vector<float>(4, 0.1f),
+                       matrix = std::vector<float>(2 * 64 * 64 + 4), inverse = matrix;
+    arrays() {
+      for (int i = 0; i < 256; ++i) order.push_back(static_cast<std::int16_t>(i * 5 % 128));
+    }
+    void give(call& c, pk::transform_kind transform) {
+      c.params.format.key_spec = pk::make_plan_codec(pk::side::key, 128, transform, flat_plan(pk::side::key, 128, 1),
+                                                     2);  // no larger than before
+      c.params.format.value_spec.transform = pk::transform_kind::basis;
+      c.params.key.permutation = order.data(), c.params.key.column_scale = column.data();
+      c.params.key.leading_scale = leading.data(), c.params.key.channel_offset = offset.data();
+      float* const basis = matrix.data() + (16 - reinterpret_cast<std::uintptr_t>(matrix.data()) % 16) % 16 / 4;
+      c.params.value.basis = basis, c.params.value.basis_inverse = inverse.data();
+    }
+  };
+  arrays good;
+  call accepted;
+  good.give(accepted, pk::transform_kind::permutation);
+  for (const entry e : all) CHECK((accepted.*e)());
+  CHECK(pk::check_parameter_arrays(accepted.params, 2));
+  const auto refused = [&](const std::function<void(arrays&)>& damage, int line) {
+    arrays a;
+    damage(a);
+    refuses(
+        all, code::invalid_argument, [&](call& c) { a.give(c, pk::transform_kind::permutation); }, line);
+  };
+  for (const std::int16_t channel : {std::int16_t{-1}, std::int16_t{128}, std::int16_t{32767}, good.order[254]})
+    refused([=](arrays& a) { a.order[255] = channel; }, __LINE__);
+  for (const float x : {0.0f, -1.0f, NAN, INFINITY}) {
+    refused([=](arrays& a) { a.column[255] = x; }, __LINE__);
+    refused([=](arrays& a) { a.leading[3] = x; }, __LINE__);
+  }
+  for (const float x : {NAN, -INFINITY}) {
+    refused([=](arrays& a) { a.offset[255] = x; }, __LINE__);
+    refused([=](arrays& a) { a.matrix[2 * 64 * 64 - 1] = x; }, __LINE__);
+    refused([=](arrays& a) { a.inverse[2 * 64 * 64 - 1] = x; }, __LINE__);
+  }
+  // What the format does not read may hold anything.
+  arrays unread;
+  unread.order[255] = 5000;
+  call identity;
+  unread.give(identity, pk::transform_kind::identity);
+  CHECK(identity.compress());
+}
+
+TEST_CASE("numbers that do not fit a codec's fields make a codec that is refused", "[checks]") {
+  const pk::strip_widths plan = flat_plan(pk::side::key, 128, 2);
+  for (const int number : {-1, 5, 65536 + 1, -65536 + 1, 2147483647}) {
+    INFO(number);
+    const auto leading = pk::make_plan_codec(pk::side::key, 128, pk::transform_kind::identity, plan, number);
+    CHECK_FALSE(pk::check_codec(pk::side::key, leading));
+    CHECK_FALSE(pk::check_codec(pk::side::key, pk::make_grouped_codec(pk::side::key, 128, 2, number)));
+    CHECK_FALSE(pk::check_codec(pk::side::key, pk::make_element_codec(pk::codec_kind::fp8, number)));
+  }
+}
+
 TEST_CASE("bad key and value tensors are refused before anything is written", "[checks]") {
   REFUSES(compress, code::invalid_argument, c.keys.data = nullptr);
   REFUSES(compress, code::invalid_argument, c.values.data = nullptr);

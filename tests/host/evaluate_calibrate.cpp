@@ -269,3 +269,23 @@ TEST_CASE("calibrate: wrong arguments are refused") {
   CHECK_FALSE(calibrate::calibrate_head(make_element_codec(codec_kind::fp8, dim), rows_of(x), {},
                                         {nullptr, steps.data(), nullptr}));
 }
+
+TEST_CASE("calibrate: samples whose arrays would not be finite are refused before anything is written") {
+  std::vector<float> x(2 * dim, 3e38f);
+  std::fill(x.begin() + dim, x.end(), -3e38f);
+  std::vector<float> basis(dim * dim, 7.0f), inverse = basis, steps(dim, 7.0f), offset = steps, leading(2, 7.0f);
+  std::vector<std::int16_t> order(dim, 7);
+  const calibrate::head_output out{order.data(),  steps.data(), leading.data(),
+                                   offset.data(), basis.data(), inverse.data()};
+  const auto all = [](const auto& array, float value) {
+    return std::all_of(array.begin(), array.end(), [=](auto e) { return static_cast<float>(e) == value; });
+  };
+  const codec_spec spec = key_spec(transform_kind::basis, {2, 2, 2, 2}, 2);
+  CHECK(calibrate::calibrate_head(spec, rows_of(x), {}, out).code == status_code::unsupported);
+  CHECK((all(order, 7.0f) && all(steps, 7.0f) && all(offset, 7.0f) && all(leading, 7.0f) && all(basis, 7.0f) &&
+         all(inverse, 7.0f)));
+  // A codec without a basis or a permutation leaves theirs as they were.
+  for (float& e : x) e *= 1e-38f;
+  CHECK(calibrate::calibrate_head(key_spec(transform_kind::identity, {2, 2, 2, 2}, 2), rows_of(x), {}, out));
+  CHECK((all(order, 7.0f) && all(basis, 7.0f) && all(inverse, 7.0f) && !all(steps, 7.0f)));
+}

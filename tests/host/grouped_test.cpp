@@ -404,6 +404,12 @@ TEST_CASE("bad grouped formats and buffers are refused before anything is writte
   torn = pk::kivi_keys(128, 2);
   torn.width = 4;
   CHECK(code(torn) == pk::status_code::invalid_argument);
+  torn = pk::kivi_keys(128, 3);  // code words elsewhere, beyond the tile
+  torn.strips.low[3] = 60000;
+  CHECK(code(torn) == pk::status_code::invalid_argument);
+  torn = pk::kivi_keys(128, 3);
+  torn.strips.high[0] = 60000;
+  CHECK(code(torn) == pk::status_code::invalid_argument);
 
   const pk::grouped_spec spec = pk::kivi_keys(64, 2);
   const tensor16 x(1, 128, 64);

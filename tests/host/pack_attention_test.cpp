@@ -218,3 +218,37 @@ TEST_CASE("packs: key_gemv and value_gemv are those of the reconstruction", "[pa
       CHECK(pk::reference::value_gemv(f, p.view(), narrow.in(), out.out()).code == pk::status_code::shape_mismatch);
     }
 }
+
+TEST_CASE("packs: impossible numbers of blocks, and scales that are none, are refused before anything is written",
+          "[packs]") {
+  random_source random(base_seed() + 710);
+  const pk::pack_format f = format_of(pk::pack_granularity::token, pk::pack_zero::integer);
+  pack_cache cache(f, 128, random);
+  fill(random, cache);
+  packs p(f, cache, 1);
+  tensor<3> queries(pk::dtype::float32, {2, 2, 96}), scores(pk::dtype::float32, {2, 2, 64}),
+      sums(pk::dtype::float32, {2, 2, 64});
+  tensor<4> query(pk::dtype::float32, {2, 2, 1, 96}), out(pk::dtype::float32, {2, 2, 1, 64});
+  queries.fill([&] { return random.normal(); });
+  query.fill([&] { return random.normal(); });
+  const auto bytes = [&] {
+    return std::array<std::vector<std::uint8_t>, 3>{scores.bytes(), sums.bytes(), out.bytes()};
+  };
+  const auto before = bytes();
+  const auto attention = [&](const pk::packs_view& view, float scale) {
+    return pk::reference::attention(f, view, tail_of(cache.keys, 64), tail_of(cache.values, 64), query.in(), scale,
+                                    out.out(), {});
+  };
+  for (const std::int64_t blocks : {std::int64_t{-1}, std::int64_t{1} << 57, std::int64_t{1} << 62}) {
+    pk::packs_view view = p.view();
+    view.blocks = blocks;
+    const pk::status_code expected = blocks < 0 ? pk::status_code::invalid_argument : pk::status_code::overflow;
+    CHECK(pk::reference::key_gemv(f, view, queries.in(), 1.0f, scores.out()).code == expected);
+    CHECK(pk::reference::value_gemv(f, view, scores.in(), sums.out()).code == expected);
+    CHECK(attention(view, 1.0f).code == expected);
+  }
+  for (const float scale : {0.0f, -1.0f, NAN, INFINITY})
+    CHECK(attention(p.view(), scale).code == pk::status_code::invalid_argument);
+  CHECK((bytes() == before));
+  CHECK(attention(p.view(), 1.0f));
+}

@@ -240,7 +240,8 @@ inline status calibrate_head(const codec_spec& spec, const input_view<2>& x, con
   detail::head_arrays made(spec, out);
   detail::calibrate_into(spec, x, queries, made.view());
   if (!made.finite())
-    return refuse(status_code::unsupported, "the samples are too large or too small: what they give does not fit floats");
+    return refuse(status_code::unsupported,
+                  "the samples are too large or too small: what they give does not fit floats");
   made.copy_to(out);
   return {};
 }

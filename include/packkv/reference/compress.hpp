@@ -54,8 +54,8 @@ status compress(const input_view<4>& keys, const input_view<4>& values, const st
                 device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
-  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_encoder(params); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_table(table, static_cast<std::int32_t>(keys.extent[0])); !s) return s;
   for (std::int64_t b = 0; b < keys.extent[0]; ++b) {
     const std::int64_t length = clamp_length(lengths, b, static_cast<std::int32_t>(keys.extent[2]), report.flags);
@@ -113,8 +113,8 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
                     const parameters<Format>& params, const pages_view& pages, device_report& report) {
   using namespace packkv::detail;
   if (const status s = check_kv(params, pages, keys, values); !s) return s;
-  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (const status s = check_token_encoder(params); !s) return s;
+  if (const status s = check_parameter_arrays(params, pages.kv_heads); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
   const codec_spec key = params.format.key(), value = params.format.value();
   const std::int64_t page_tokens = static_cast<std::int64_t>(pages.tiles_per_page) * tile_tokens;
