@@ -66,7 +66,7 @@ void read(fuzz::input& in, const pk::pack_format& f, const pk::packs_view& packs
                           auto&& expected) {
     fuzz::check(done == good, "a call agrees with check_packs");
     if (!good) fuzz::check(before == after, "refused packs are not decoded");
-    if (!good || !decompress()) return;
+    if (!good || (call != 0 && !decompress())) return;
     const float most = largest(decoded);
     for (std::int64_t i = 0; i < after.size() / 4 && std::isfinite(most); i += 5)
       fuzz::check(std::fabs(reinterpret_cast<const float*>(after.data())[i] - expected(i)) <= 0.001f * most,
@@ -103,7 +103,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const int how = in.byte(), blocks = in.few(2) - (how == 255 ? 1 : 0);
   const std::int64_t hostile[] = {-1, std::int64_t{1} << 57, std::int64_t{1} << 62};
   fuzz::pack_side_arrays s[2] = {{in, f, pk::side::key, blocks}, {in, f, pk::side::value, blocks}};
-  if ((how & 1) != 0) fuzz::compress_and_edit(in, f, blocks, s);
+  if (how % 4 == 1) fuzz::compress_and_edit(in, f, blocks, s);
   if (how > 250 && how < 254) {  // a number of blocks that no array can have
     const pk::packs_view packs{s[0].view(), s[1].view(), hostile[how - 251]};
     fuzz::tensor<3> x(pk::dtype::float32, {f.batch, f.kv_heads, dim});

@@ -75,9 +75,10 @@ pk::codec_spec any_spec(fuzz::input& in, pk::side which) {
 /// Good arrays, of which a few elements are changed.
 struct arrays {
   fuzz::parameter_arrays a = fuzz::good_arrays();
+  int edits;
 
-  explicit arrays(fuzz::input& in) {
-    for (int edits = in.below(3); edits > 0; --edits) {
+  explicit arrays(fuzz::input& in) : edits(in.below(3)) {
+    for (int edit = 0; edit < edits; ++edit) {
       const int which = in.below(6), i = in.byte() % (fuzz::max_heads * dim);
       float x = 0.0f;
       const auto bits = static_cast<std::uint32_t>(in.bits(4));
@@ -124,6 +125,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const pk::status coded = pk::reference::compress(keys.in(), values.in(), nullptr, p, pool.pages, table, report);
   if (!coded) fuzz::check(pool.keys == old_keys && pool.values == old_values, "refused parameters change no page");
   fuzz::check(usable || !coded, "a format that is refused codes nothing");
+  if (usable && from.edits == 0 && pk::check_parameters(p))
+    fuzz::check(static_cast<bool>(pk::check_parameter_arrays(p, kv_heads)), "good arrays are accepted");
   const pk::status decoded = pk::reference::decompress(pool.pages, table, nullptr, p, keys.view, values.view, report);
   fuzz::check(decoded || !coded, "what is coded is decoded");
   return 0;

@@ -109,7 +109,7 @@ class input {
     for (std::int64_t i = 0; i < size; i += 8) {
       std::uint64_t word = 0;
       if (end_ - from >= 8) {
-        std::memcpy(&word, from, 8);
+        __builtin_memcpy_inline(&word, from, 8);  // memcpy itself is instrumented everywhere
         from += 8;
       } else {
         for (int k = 0; k < 8 && at_ != end_; ++k) {
@@ -119,7 +119,11 @@ class input {
       }
       word ^= (noise ^ noise >> 29) * 0xbf58476d1ce4e5b9u & mask;
       noise += noise != 0 ? 0x9e3779b97f4a7c15u : 0;
-      std::memcpy(static_cast<std::uint8_t*>(to) + i, &word, static_cast<std::size_t>(size - i < 8 ? size - i : 8));
+      std::uint8_t* const out = static_cast<std::uint8_t*>(to) + i;
+      if (size - i >= 8)
+        __builtin_memcpy_inline(out, &word, 8);
+      else
+        for (std::int64_t k = 0; k < size - i; ++k) out[k] = static_cast<std::uint8_t>(word >> (8 * k));
     }
   }
   void fill(memory& to) { fill(to.data(), to.size()); }

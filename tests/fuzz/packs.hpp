@@ -23,7 +23,8 @@ inline pk::pack_format any_pack_format(input& in) {
     c->head_dim = dim, c->relative_step = steps[in.few(5) - 1];
   }
   f.pack_size = 2 << (4 - in.below(5));
-  f.order = static_cast<pk::token_order>(in.few(3) - 1);
+  const int order = in.few(16);  // the greedy one takes most of the time
+  f.order = order == 4 ? pk::token_order::greedy : order % 2 == 0 ? pk::token_order::median : pk::token_order::none;
   f.element = in.flag() ? pk::dtype::bfloat16 : pk::dtype::float16;
   f.kv_heads = in.few(2), f.batch = in.few(2);
   return f;
