@@ -9,9 +9,7 @@
 namespace {
 
 namespace pk = packkv;
-constexpr int dim = fuzz::side_dim;
-
-pk::adaptive_spec any_spec(fuzz::input& in) {
+pk::adaptive_spec any_spec(fuzz::input& in, int dim) {
   constexpr float steps[] = {0.1f, 1.0f, 1.0f / 255, 0.004f, 1e-3f, 0.0f, NAN};
   const int how = in.byte();
   return pk::make_adaptive(static_cast<pk::side>(how & 1), dim, static_cast<pk::group_axis>(how >> 1 & 3),
@@ -20,6 +18,7 @@ pk::adaptive_spec any_spec(fuzz::input& in) {
 }
 
 void encode(fuzz::input& in, const pk::adaptive_spec& spec, const pk::adaptive_layout& l, int recent) {
+  const int dim = spec.groups.head_dim;
   fuzz::tensor<3> x(in.flag() ? pk::dtype::bfloat16 : pk::dtype::float16, {l.heads, l.tokens, dim}),
       y(pk::dtype::float32, {l.heads, l.tokens, dim});
   fuzz::memory bytes(l.max_bytes), offsets(8 * (l.tiles + 1));
@@ -78,8 +77,8 @@ fuzz::memory any_tiles(fuzz::input& in, const pk::adaptive_spec& spec, const pk:
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   fuzz::input in(data, size);
-  const int how = in.byte();
-  const pk::adaptive_spec spec = any_spec(in);
+  const int how = in.byte(), dim = fuzz::any_side_dim(in);
+  const pk::adaptive_spec spec = any_spec(in, dim);
   constexpr int counts[] = {64, 65, 0, 1, 130};
   const int heads = in.few(2), tokens = counts[in.few(5) - 1], recent = in.few(4) == 1 ? 0 : in.byte();
   pk::adaptive_layout l;
@@ -94,7 +93,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const pk::adaptive_view view{spec, bytes.data(), bytes.size(), at, heads, tokens, recent, pk::dtype::float16};
   pk::reference::detail::adaptive_side side;
   fuzz::check_side_calls(
-      in, heads, tokens, static_cast<bool>(pk::reference::detail::open_side(view, side)),
+      in, heads, tokens, dim, static_cast<bool>(pk::reference::detail::open_side(view, side)),
       [&](const auto& x) {
         return static_cast<bool>(pk::reference::decode_adaptive(spec, bytes.data(), bytes.size(), at, recent, x));
       },

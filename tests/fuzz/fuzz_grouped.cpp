@@ -9,17 +9,14 @@
 namespace {
 
 namespace pk = packkv;
-constexpr int dim = fuzz::side_dim;
-
-pk::grouped_spec any_spec(fuzz::input& in) {
-  constexpr int widths[] = {2, 1, 3, 4, 8, 0, 5, 9, -1}, groups[] = {32, 64, 16, 128, 0, 48, -1}, dims[] = {64, 96, 65};
+pk::grouped_spec any_spec(fuzz::input& in, int dim) {
+  constexpr int widths[] = {2, 1, 3, 4, 8, 0, 5, 9, -1}, groups[] = {32, 64, 16, 128, 0, 48, -1};
   const auto which = static_cast<pk::side>(in.below(2));
   const auto axis = static_cast<pk::group_axis>(in.below(in.few(8) == 3 ? 5 : 3));
   const int group = axis == pk::group_axis::token ? 0 : groups[in.below(in.few(8) == 3 ? 7 : 2)];
   const int width = widths[in.below(in.few(8) == 3 ? 9 : 5)], how = in.byte();
-  return pk::make_grouped(which, dims[in.few(8) == 3 ? how % 3 : 0], axis, group, width,
-                          static_cast<pk::step_rule>(how % 3), static_cast<pk::transform_kind>(how >> 2 & 2),
-                          (how & 16) != 0);
+  return pk::make_grouped(which, in.few(8) == 3 ? how : dim, axis, group, width, static_cast<pk::step_rule>(how % 3),
+                          static_cast<pk::transform_kind>(how >> 2 & 2), (how & 16) != 0);
 }
 
 /// A few bytes of a spec changed; never its flags, which must be true or false.
@@ -59,7 +56,7 @@ void edit(fuzz::input& in, pk::grouped_spec& spec) {
   }
 }
 
-void encode(fuzz::input& in, const pk::grouped_spec& spec, int heads, int tokens, int recent, bool accepted) {
+void encode(fuzz::input& in, const pk::grouped_spec& spec, int heads, int tokens, int dim, int recent, bool accepted) {
   pk::grouped_layout layout;
   const bool fits = static_cast<bool>(pk::make_grouped_layout(spec, heads, tokens, recent, layout));
   fuzz::check(fits == accepted, "a layout is made for what check_grouped accepts");
@@ -83,14 +80,14 @@ void encode(fuzz::input& in, const pk::grouped_spec& spec, int heads, int tokens
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   fuzz::input in(data, size);
-  const int how = in.byte();
-  pk::grouped_spec spec = any_spec(in);
+  const int how = in.byte(), dim = fuzz::any_side_dim(in);
+  pk::grouped_spec spec = any_spec(in, dim);
   const pk::grouped_spec made = spec;
   if ((how & 28) == 28) edit(in, spec);
   const bool accepted = static_cast<bool>(pk::check_grouped(spec));
   constexpr int counts[] = {64, 65, 0, 1, 130};
   const int heads = in.few(2), tokens = counts[in.few(5) - 1], recent = in.few(4) == 1 ? 0 : in.byte();
-  if ((how & 3) == 0) return encode(in, spec, heads, tokens, recent, accepted), 0;
+  if ((how & 3) == 0) return encode(in, spec, heads, tokens, dim, recent, accepted), 0;
 
   pk::grouped_layout layout;
   if (!pk::make_grouped_layout(spec, heads, tokens, recent, layout)) {
@@ -106,7 +103,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   for (int i = 0; i < 8; ++i) rest.byte();
   rest.fill(bytes);
   fuzz::check_side_calls(
-      in, heads, tokens, good,
+      in, heads, tokens, dim, good,
       [&](const auto& x) {
         return static_cast<bool>(pk::reference::decode_grouped(spec, bytes.data(), claimed, recent, x, tail));
       },

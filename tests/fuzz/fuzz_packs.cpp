@@ -46,10 +46,14 @@ void attend(fuzz::input& in, const pk::pack_format& f, const pk::packs_view& pac
     fuzz::check(std::fabs(out.floats()[i]) <= 1.001f * most, "an output lies within the values that it is a mean of");
 }
 
+/// Largest magnitude, which may be infinite.
 float largest(const fuzz::memory& m) {
   float most = 1e-30f;
-  for (std::int64_t i = 0; i < m.size() / 4; ++i)
-    most = std::fmax(most, std::fabs(reinterpret_cast<const float*>(m.data())[i]));
+  for (std::int64_t i = 0; i < m.size() / 4; ++i) {
+    const float x = reinterpret_cast<const float*>(m.data())[i];
+    fuzz::check(!std::isnan(x), "accepted packs hold numbers");
+    most = std::fmax(most, std::fabs(x));
+  }
   return most;
 }
 

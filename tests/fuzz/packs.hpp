@@ -42,12 +42,15 @@ struct pack_side_arrays {
     std::int64_t at = 0;
     for (std::int64_t i = 1; i <= tiles; ++i) {
       const int how = in.byte();
-      at = how < 250 ? at + 16 * how : in.near<std::int64_t>(64);
+      at = how < 250 ? at + 16 * (how < 192 ? how % 4 : how) : in.near<std::int64_t>(64);
       offsets.as<std::int64_t>()[i] = at;
       if (at < 0 || at > 1 << 16) at = 0;
     }
     data = memory(at);
-    const std::uint16_t low = static_cast<std::uint16_t>(in.bits(2)), high = static_cast<std::uint16_t>(in.bits(2));
+    constexpr std::uint16_t ends[] = {0xbc00, 0x3c00, 0xfbff, 0x7bff, 0xff7f, 0x7f7f, 0, 0x7c00};
+    const bool some = in.flag();
+    const std::uint16_t low = some ? in.pick(ends) : static_cast<std::uint16_t>(in.bits(2));
+    const std::uint16_t high = some ? in.pick(ends) : static_cast<std::uint16_t>(in.bits(2));
     for (std::int64_t i = 0; i < ranges.size() / 4; ++i) ranges.as<pk::pack_range>()[i] = {low, high};
     in.fill(data);
   }
@@ -71,7 +74,13 @@ inline void compress_and_edit(input& in, const pk::pack_format& f, int blocks, p
   }
   memory order(64 * blocks);
   pk::pack_report report;
-  if (!pk::reference::compress(f, x[0].in(), x[1].in(), blocks, out[0], out[1], order.data(), report)) return;
+  memory order_alone(64 * blocks);
+  const bool coded =
+      static_cast<bool>(pk::reference::compress(f, x[0].in(), x[1].in(), blocks, out[0], out[1], order.data(), report));
+  check(coded == static_cast<bool>(pk::reference::token_orders(f, x[0].in(), x[1].in(), blocks, order_alone.data())),
+        "token_orders takes what compress takes");
+  if (!coded) return;
+  check(order == order_alone, "token_orders gives the order of compress");
   for (int i = 0; i < 2; ++i) {  // no byte more than they need
     memory exact(s[i].offsets.as<std::int64_t>()[pk::tile_count(f, blocks)]);
     if (exact.size() > 0) std::memcpy(exact.data(), s[i].data.data(), static_cast<std::size_t>(exact.size()));

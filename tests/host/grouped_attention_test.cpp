@@ -89,3 +89,19 @@ TEST_CASE("attention on grouped bytes refuses what disagrees before anything is 
   REQUIRE(ref::grouped_key_gemv(q.in(), view_of(k), 1.0f, scores.out()));
   CHECK_FALSE(out.all(42.0f));
 }
+
+TEST_CASE("means that no coded token has are not read", "[grouped]") {
+  random_source random(seed_of(8100));
+  const tensor16 x = random_tensor(random, 1, 40, 64);
+  coded side(pk::make_grouped(pk::side::value, 64, pk::group_axis::vector, 64, 4, pk::step_rule::min_max,
+                              pk::transform_kind::identity, true),
+             x);
+  REQUIRE(side.layout.coded_tokens == 0);
+  for (int c = 0; c < 64; ++c) pk::reference::detail::store_bits(side.bytes.data(), 2 * c, 0x7e00);  // NaN
+  const tensor weights(1, 1, 40, 1.0f);
+  tensor sums(1, 1, 64);
+  REQUIRE(ref::grouped_value_gemv(weights.in(), view_of(side), sums.out()));
+  double expected = 0.0;
+  for (int t = 0; t < 40; ++t) expected += static_cast<double>(x.value(0, t, 5));
+  CHECK(std::fabs(static_cast<double>(sums.x[5]) - expected) < 1e-3);
+}

@@ -433,9 +433,28 @@ TEST_CASE("packs: a code beyond 255 in damaged bytes is refused", "[packs]") {
   pack_memory& m = p.memory(pk::side::key);
   std::uint8_t* const tile = m.data();
   const pk::pack_tile shape{f.pack_size, f.key.head_dim, tile[0], tile[1]};
-  REQUIRE(shape.min_bits == 8);  // channel 1 is 255 everywhere
+  REQUIRE(shape.min_bits == 8);           // channel 1 is 255 everywhere
   tile[shape.minima_offset() + 2] = 255;  // of a pack with several codes
   const pk::status s = pk::reference::check_packs(f, p.view());
   CHECK(s.code == pk::status_code::corrupt);
   CHECK(std::string(s.message).find("beyond 255") != std::string::npos);
+}
+
+TEST_CASE("packs: a range that spans more than a float holds is refused", "[packs]") {
+  random_source random(base_seed() + 78);
+  pk::pack_format f;
+  f.element = pk::dtype::bfloat16;
+  f.order = pk::token_order::none;
+  pack_cache cache(f, 64, random);
+  fill(random, cache.keys);
+  fill(random, cache.values);
+  packs p(f, cache, 1);
+  REQUIRE(p.state);
+  tensor<4> keys(pk::dtype::float32, {1, 1, 64, 128}), values(pk::dtype::float32, {1, 1, 64, 128});
+  const std::vector<std::uint8_t> before = keys.bytes();
+  p.key.ranges[5] = {0xff7f, 0x7f7f};  // the least and the greatest bfloat16
+  CHECK(pk::reference::decompress(f, p.view(), keys.out(), values.out()).code == pk::status_code::corrupt);
+  CHECK((keys.bytes() == before));
+  p.key.ranges[5] = {0xff7f, 0};
+  CHECK(pk::reference::decompress(f, p.view(), keys.out(), values.out()));
 }

@@ -70,6 +70,7 @@ inline status check_pack_index(const pack_format& f, side which, const const_pac
     const float low = range_value(f.element, s.ranges[i].low), high = range_value(f.element, s.ranges[i].high);
     if (!is_finite(low) || !is_finite(high) || !(low <= high))
       return refuse(status_code::corrupt, "a range is not two finite elements in order", i);
+    if (!is_finite(sub_rn(high, low))) return refuse(status_code::corrupt, "a range spans more than a float holds", i);
   }
   return {};
 }

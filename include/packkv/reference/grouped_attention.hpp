@@ -97,7 +97,8 @@ void head_sum(const Reader& read, const double* weights, std::int64_t count, dou
     packkv::detail::transform_inverse(spec.transform, {}, dim, basis, x);
     for (int c = 0; c < dim; ++c) sum[c] = static_cast<double>(x[c]);
   }
-  for (int c = 0; c < dim; ++c) out[c] = sum[c] + total * static_cast<double>(read.mean(c));
+  // Without coded tokens the means are those of nothing, and not read.
+  for (int c = 0; c < dim; ++c) out[c] = sum[c] + (coded > 0 ? total * static_cast<double>(read.mean(c)) : 0.0);
   for (std::int64_t t = coded; t < count; ++t) {
     read.tail(t, x);
     for (int c = 0; c < dim; ++c) out[c] += weights[t] * static_cast<double>(x[c]);
