@@ -5,7 +5,7 @@
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
 // bytes over time; bytes of codes come on top.
-#include "report.cuh"
+#include "program.cuh"
 
 namespace pk = packkv;
 
@@ -18,12 +18,6 @@ using plans = pk::cache_format<pk::key_codec<dim, Transform, pk::rms_scale, KeyP
 using two_bit = plans<pk::hadamard, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
 using four_bit = plans<pk::hadamard, pk::plan<4, 4, 4, 4>, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>>;
 using untransformed = plans<pk::identity, pk::plan<2, 2, 2, 2>, pk::plan<2, 2, 2, 2, 2, 2, 2, 2>>;
-
-std::vector<measured> results;
-struct {
-  timing::stopwatch* watch;
-  int sms;
-} program;
 
 /// Copies of K and V of `batch` sequences and their tiles, a page a sequence.
 template <class Format>
@@ -122,107 +116,88 @@ class problem {
   device_buffer<std::uint8_t> pool_;
 };
 
-/// Registers f(stream, copy) of a problem.
+/// Times call(problem, copy) on filled caches.
 template <class Format, class Call>
-void add(const std::string& name, int batch, int tokens, Call&& call) {
-  benchmark::RegisterBenchmark(name.c_str(),
-                               [=](benchmark::State& state) {
-                                 static bool checked = false;
-                                 if (!checked) problem<Format>(2, 1000).is_right();
-                                 checked = true;
-                                 const problem<Format> p(batch, tokens);
-                                 for (int i = 0; i < p.copies; ++i) p.compress(i, program.watch->stream());
-                                 device_buffer<uint4> sink(1);
-                                 timing::timed_call timed(*program.watch, p.copies, [&](int i) { call(p, i); });
-                                 const auto ceiling =
-                                     timing::read_ceiling(*program.watch, p.data(), p.half_bytes(), p.half_bytes(),
-                                                          p.copies, sink.data(), program.sms);
-                                 measured m;
-                                 m.name = name;
-                                 m.bytes = m.half_bytes = static_cast<double>(p.half_bytes());
-                                 m.coded_bytes = static_cast<double>(p.code_bytes());
-                                 m.values = static_cast<double>(p.values());
-                                 m.peer_note = "bytes: of 16-bit tensors";
-                                 for (auto _ : state) {
-                                   m.rounds = timing::time_calls({&timed, ceiling.get()});
-                                   m.graph = timed.graph(), m.single = timed.single(), m.ceiling = ceiling->graph();
-                                   state.SetIterationTime(m.graph.median * 1e-3);
-                                 }
-                                 to_counters(m, state);
-                                 results.push_back(m);
-                               })
-      ->Iterations(1)
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
+measured measure(int batch, int tokens, Call&& call) {
+  static bool checked = false;
+  if (!checked) problem<Format>(2, 1000).is_right();
+  checked = true;
+  const problem<Format> p(batch, tokens);
+  timing::stopwatch& watch = *program.watch;
+  for (int i = 0; i < p.copies; ++i) p.compress(i, watch.stream());
+  device_buffer<uint4> sink(1);
+  timing::timed_call timed(watch, p.copies, [&](int i) { call(p, i); });
+  const auto ceiling =
+      timing::read_ceiling(watch, p.data(), p.half_bytes(), p.half_bytes(), p.copies, sink.data(), program.sms);
+  measured m;
+  m.bytes = m.half_bytes = static_cast<double>(p.half_bytes());
+  m.coded_bytes = static_cast<double>(p.code_bytes());
+  m.values = static_cast<double>(p.values());
+  m.rounds = timing::time_calls({&timed, ceiling.get()});
+  m.graph = timed.graph(), m.single = timed.single(), m.ceiling = ceiling->graph();
+  return m;
 }
 
 /// store_tokens of one new token of each of `count` sequences, in pages of 64 tokens, the slots of 48 steps.
 template <class Format>
-void add_store(const std::string& name, int count) {
-  benchmark::RegisterBenchmark(
-      name.c_str(),
-      [=](benchmark::State& state) {
-        constexpr int steps = 48, pages = 4096;
-        const std::int64_t values = std::int64_t{count} * kv_heads * dim;
-        constexpr std::int64_t page_bytes = kv_heads * (Format::key_tile_bytes + Format::value_tile_bytes);
-        device_buffer<std::uint16_t> data(2 * values * steps);
-        device_buffer<std::uint8_t> pool(pages * page_bytes);
-        device_buffer<std::int64_t> slots(steps * count);
-        random_cache_detail::fill_random<256><<<1024, 256>>>(data.data(), 2 * values * steps, 7u);
-        std::vector<std::int64_t> all;
-        for (int step = 0; step < steps; ++step)
-          for (int i = 0; i < count; ++i) all.push_back(std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64);
-        require(cudaMemcpy(slots.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
-        pk::pages_view p;
-        p.key_data = pool.data(), p.value_data = pool.data() + kv_heads * Format::key_tile_bytes;
-        p.key_page_stride = p.value_page_stride = page_bytes;
-        p.key_head_stride = Format::key_tile_bytes, p.value_head_stride = Format::value_tile_bytes;
-        p.num_pages = pages, p.kv_heads = kv_heads, p.tiles_per_page = 1;
-        const auto tokens = [&](std::int64_t begin) {
-          return pk::make_input<3>(data.data() + begin, pk::dtype::float16, {count, kv_heads, dim});
-        };
-        timing::timed_call timed(*program.watch, steps, [&](int i) {
-          require(pk::store_tokens(tokens(2 * values * i), tokens(2 * values * i + values), slots.data() + i * count,
-                                   pk::parameters<Format>{}, p, pk::exec{program.watch->stream()}));
-        });
-        for (auto _ : state) {
-          timing::time_calls({&timed});
-          state.SetIterationTime(timed.graph().median * 1e-3);
-        }
-        state.counters["ms"] = timed.graph().median;
-        state.counters["single_ms"] = timed.single().median;
-      })
-      ->Iterations(1)
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
+measured measure_store(int count) {
+  constexpr int steps = 48, pages = 4096;
+  constexpr std::int64_t page_bytes = kv_heads * (Format::key_tile_bytes + Format::value_tile_bytes);
+  const std::int64_t values = std::int64_t{count} * kv_heads * dim;
+  timing::stopwatch& watch = *program.watch;
+  device_buffer<std::uint16_t> data(2 * values * steps);
+  device_buffer<std::uint8_t> pool(pages * page_bytes);
+  device_buffer<std::int64_t> slots(steps * count);
+  random_cache_detail::fill_random<256><<<1024, 256>>>(data.data(), 2 * values * steps, 7u);
+  std::vector<std::int64_t> all;
+  for (int step = 0; step < steps; ++step)
+    for (int i = 0; i < count; ++i) all.push_back(std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64);
+  require(cudaMemcpy(slots.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
+  pk::pages_view p;
+  p.key_data = pool.data(), p.value_data = pool.data() + kv_heads * Format::key_tile_bytes;
+  p.key_page_stride = p.value_page_stride = page_bytes;
+  p.key_head_stride = Format::key_tile_bytes, p.value_head_stride = Format::value_tile_bytes;
+  p.num_pages = pages, p.kv_heads = kv_heads, p.tiles_per_page = 1;
+  const auto tokens = [&](std::int64_t begin) {
+    return pk::make_input<3>(data.data() + begin, pk::dtype::float16, {count, kv_heads, dim});
+  };
+  timing::timed_call timed(watch, steps, [&](int i) {
+    require(pk::store_tokens(tokens(2 * values * i), tokens(2 * values * i + values), slots.data() + i * count,
+                             pk::parameters<Format>{}, p, pk::exec{watch.stream()}));
+  });
+  device_buffer<uint4> sink(1);
+  const auto ceiling =
+      timing::read_ceiling(watch, data.data(), 4 * values, 4 * values, steps, sink.data(), program.sms);
+  measured m;
+  m.bytes = m.half_bytes = static_cast<double>(4 * values);
+  m.values = static_cast<double>(2 * values);
+  m.coded_bytes = m.values * (Format::key().bits_per_value() + Format::value().bits_per_value()) / 16;
+  m.rounds = timing::time_calls({&timed, ceiling.get()});
+  m.graph = timed.graph(), m.single = timed.single(), m.ceiling = ceiling->graph();
+  return m;
 }
 
 template <class Format>
 void add_format(const std::string& format) {
   for (const auto& [name, batch, tokens] :
        {std::tuple{"b1_4k", 1, 4096}, {"b1_128k", 1, 131072}, {"b8_32k", 8, 32768}}) {
-    add<Format>("compress/" + format + "/" + name, batch, tokens,
-                [](const problem<Format>& p, int i) { p.compress(i, program.watch->stream()); });
-    add<Format>("decompress/" + format + "/" + name, batch, tokens,
-                [](const problem<Format>& p, int i) { p.decompress(i, program.watch->stream()); });
+    add("compress/" + format + "/" + name, [batch = batch, tokens = tokens] {
+      return measure<Format>(batch, tokens, [](const auto& p, int i) { p.compress(i, program.watch->stream()); });
+    });
+    add("decompress/" + format + "/" + name, [batch = batch, tokens = tokens] {
+      return measure<Format>(batch, tokens, [](const auto& p, int i) { p.decompress(i, program.watch->stream()); });
+    });
   }
-  for (const int count : {1, 64, 512}) add_store<Format>("store_tokens/" + format + "/" + std::to_string(count), count);
+  for (const int count : {1, 64, 512})
+    add("store_tokens/" + format + "/" + std::to_string(count), [=] { return measure_store<Format>(count); });
+}
+
+void add_all() {
+  add_format<two_bit>("two_bit");
+  add_format<four_bit>("four_bit");
+  add_format<untransformed>("untransformed");
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  add_format<two_bit>("two_bit");
-  add_format<four_bit>("four_bit");
-  add_format<untransformed>("untransformed");
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  cudaDeviceProp device{};
-  require(cudaGetDeviceProperties(&device, 0));
-  benchmark::AddCustomContext("device", device.name);
-  timing::stopwatch watch;
-  program = {&watch, device.multiProcessorCount};
-  benchmark::RunSpecifiedBenchmarks();
-  print_table(results);
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, add_all); }

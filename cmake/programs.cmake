@@ -46,6 +46,11 @@ if(packkv_cuda)
   endif()
 endif()
 
+if(packkv_cuda AND PACKKV_QUICK_CUDA)
+  include(CheckCompilerFlag)
+  check_compiler_flag(CUDA "--Ofast-compile=max" PACKKV_HAS_FAST_COMPILE)
+endif()
+
 find_package(Threads REQUIRED)
 
 # packkv_options(<target>): the language level and warnings of every program here.
@@ -57,6 +62,9 @@ function(packkv_options target)
   if(PACKKV_WERROR)
     list(APPEND host -Werror)
     target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings>")
+  endif()
+  if(PACKKV_QUICK_CUDA AND PACKKV_HAS_FAST_COMPILE)
+    target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--Ofast-compile=max>")
   endif()
   list(JOIN host "," host_of_nvcc)
   target_compile_options(${target} PRIVATE

@@ -146,7 +146,7 @@ inline int encoder_heads(const pack_format& f, side which, const input_view<4>& 
   for (int i = 0; i < 3; ++i) aligned = aligned && (x.extent[i] == 1 || x.stride[i] % 16 == 0);
   if (!aligned) return 0;
   int heads = kernel::encode_heads;
-  const int room = shared_bytes - static_cast<int>(sizeof(kernel::pack_unit));
+  const int room = shared_bytes - static_cast<int>(sizeof(kernel::encode_unit));
   while (heads > 0 && kernel::encode_shared_bytes(f, which, heads, has_usual_dims(f)) > room) heads /= 2;
   // Launches count both sides' units in 32 bits.
   return heads > 0 && kernel::pack_units(f, which, heads).count(f, blocks) < (std::int64_t{1} << 30) ? heads : 0;

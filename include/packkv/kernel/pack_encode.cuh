@@ -59,7 +59,7 @@ struct pack_encode_args {
 };
 
 /// The unit of one block of threads, in shared memory.
-struct pack_unit {
+struct encode_unit {
   std::int64_t number;                           ///< of the launch
   std::int64_t begin;                            ///< byte of the first tile
   int start[encode_heads][tile_tokens / 2 + 1];  ///< words of payload before each group; behind them the end
@@ -167,7 +167,7 @@ __device__ inline void write_unit_codes(const pack_encode_side& s, std::int64_t 
 template <bool BFloat, int PackSize, int HeadDim>
 __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __grid_constant__ pack_encode_args args) {
   using namespace packkv::detail;
-  __shared__ pack_unit unit;
+  __shared__ encode_unit unit;
   constexpr int groups = tile_tokens / PackSize;
   constexpr bool in_place = stages_in_place(HeadDim);
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
