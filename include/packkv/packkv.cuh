@@ -21,6 +21,7 @@
 #include <packkv/device/gemv.cuh>
 #include <packkv/device/grouped.cuh>
 #include <packkv/device/pack_attention.cuh>
+#include <packkv/device/pack_gemv.cuh>
 #include <packkv/device/packs.cuh>
 #include <packkv/thread/unpack.cuh>
 #include <packkv/warp/attention_row.cuh>
@@ -34,7 +35,11 @@
 #include <packkv/warp/mma_key_scores.cuh>
 #include <packkv/warp/mma_value_sum.cuh>
 #include <packkv/warp/online_softmax.cuh>
+#include <packkv/warp/pack_codes.cuh>
+#include <packkv/warp/pack_key_scores.cuh>
+#include <packkv/warp/pack_stream.cuh>
 #include <packkv/warp/pack_tokens.cuh>
+#include <packkv/warp/pack_value_sum.cuh>
 #include <packkv/warp/raw_attention.cuh>
 #include <packkv/warp/score_columns.cuh>
 #include <packkv/warp/tile_ring.cuh>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decompress, GEMVs and attention on PackKV's packs, on the device. Definitions: reference/packs.hpp and
-// reference/pack_attention.hpp. General kernels, not tuned.
+// reference/pack_attention.hpp. GEMVs and attention on packs of 16 tokens with steps of a token or a vector, head dims
+// up to 256, have kernels of their own (device/pack_gemv.cuh); everything else general ones, which are not tuned.
 //   status s = packkv::attention<128, 128>(format, packs, key_tail, value_tail, queries, scale, out, lse, exec{...});
 #pragma once
 
@@ -83,7 +84,10 @@ status decompress(const pack_format& f, const packs_view& packs, const output_vi
 }
 
 /// scores[b, h, s] = scale * q[b, h, :] . k^[b, s, :], in stream order. queries device memory [batch, query_heads,
-/// KeyDim]; scores [batch, query_heads, blocks * 64] in the order of the slots. Uses no workspace.
+/// KeyDim]; scores [batch, query_heads, blocks * 64] in the order of the slots. Uses no workspace. A tile that
+/// contradicts itself gives NaN and is reported, here and below. \remark Kernels for packs of 16 tokens are launched
+/// with programmatic stream serialization on sm_90 and later: they may begin while the kernel before them in the stream
+/// ends, and wait for that end before they read anything. Queries that are not finite give NaN.
 template <int KeyDim>
 status key_gemv(const pack_format& f, const packs_view& packs, const input_view<3>& queries, float scale,
                 const output_view<3>& scores, const exec& e) {
@@ -101,7 +105,8 @@ status key_gemv(const pack_format& f, const packs_view& packs, const input_view<
 
 /// out[b, h, :] = sum over slots s of weights[b, h, s] * v^[b, s, :], in stream order. weights device memory [batch,
 /// query_heads, blocks * 64] in the order of the slots, out [batch, query_heads, ValueDim]. Slots of weight 0 do not
-/// count, whatever they hold. \param e workspace of sequence_workspace_bytes, initialised once.
+/// count, whatever they hold. Weights of packs of 16 tokens that are not finite make their row NaN. \param e workspace
+/// of sequence_workspace_bytes, initialised once.
 template <int ValueDim>
 status value_gemv(const pack_format& f, const packs_view& packs, const input_view<3>& weights,
                   const output_view<3>& out, const exec& e) {

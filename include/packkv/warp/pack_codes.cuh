@@ -111,20 +111,26 @@ class pack_codes {
     __device__ lane_fields(const std::uint32_t* fields, std::uint32_t bits)
         : position_(static_cast<std::uint32_t>(lane_channels * packkv::detail::lane_id()) * bits),
           bits_(bits),
-          group_(fields) {}
+          word_(fields + position_ / 32),
+          spread_(bits, min_of(4, lane_channels)) {}
     /// The fields of channels 4 k .. 4 k + 3 of the lane, a byte each; 0 behind its last channel.
     __device__ std::uint32_t get(int k) const {
       using namespace packkv::detail;
-      const std::uint32_t position = position_ + 4 * static_cast<std::uint32_t>(k) * bits_;
-      const std::uint32_t* const word = group_ + position / 32;
-      return field_spreader(bits_,
-                            min_of(4, lane_channels - 4 * k))(funnel_shift_right_by_rest(word[0], word[1], position));
+      if constexpr (chunks == 1) {
+        return spread_(funnel_shift_right_by_rest(word_[0], word_[1], position_));
+      } else {
+        const std::uint32_t position = position_ % 32 + 4 * static_cast<std::uint32_t>(k) * bits_;
+        const std::uint32_t* const word = word_ + position / 32;
+        const std::uint32_t x = spread_(funnel_shift_right_by_rest(word[0], word[1], position));
+        return lane_channels - 4 * k >= 4 ? x : x & ((1u << 8 * (lane_channels - 4 * k)) - 1u);
+      }
     }
-    __device__ void next_group() { group_ += HeadDim / 32 * bits_; }
+    __device__ void next_group() { word_ += HeadDim / 32 * bits_; }
 
    private:
     std::uint32_t position_, bits_;  ///< of the lane's first field in a group
-    const std::uint32_t* group_;
+    const std::uint32_t* word_;      ///< that it begins in
+    packkv::detail::field_spreader spread_;
   };
 
   /// Wide: widths up to 8, and sums of a minimum and a field that may wrap; otherwise widths up to 4, sums below 256.

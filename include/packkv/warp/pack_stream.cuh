@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tiles of packs that a warp has to visit, brought into shared memory ahead of their use.
-// One idea: tiles differ in size, so they lie one behind the other in a circle of bytes that holds the largest tile,
-// and usually several.
+// One idea: tiles differ in size, so two of them share a buffer that holds the largest one: one at its begin, the next
+// at its end, as soon as there is room between.
 //   pack_stream<bytes, 16, Engine> stream(storage, buffer, packs, number, step, count);   stream.start();
 //   while (stream.next(tile, size)) { use it; stream.release(); }
 #pragma once
@@ -16,7 +16,7 @@ namespace packkv::warp {
 template <int Bytes, int Gap, copy_engine Engine, int Sides = 1>
 class pack_stream {
  public:
-  static constexpr int stages = 4;  ///< tiles under way or in use, at most
+  static constexpr int stages = 2;  ///< tiles under way or in use, at most
   using ring_type = tile_ring<stages, resolved(Engine)>;
   using temp_storage = typename ring_type::temp_storage;
   static constexpr int buffer_bytes = Bytes + Gap;
@@ -48,20 +48,19 @@ class pack_stream {
   /// what they can be; otherwise `bytes`, a multiple of 16, at least 16, lie there.
   __device__ bool next(const std::uint8_t*& tile, int& bytes) {
     if (current_ == count_) return false;
-    bytes = packkv::detail::shuffle(bytes_, current_ % packkv::detail::warp_threads);
+    bytes = held_[0];
     tile = nullptr;
-    if (bytes == 0) return true;
-    (void)ring_.wait();
-    tile = buffer_ + packkv::detail::shuffle(place_, current_ % packkv::detail::warp_threads);
+    if (bytes > 0) {
+      (void)ring_.wait();
+      tile = buffer_ + place_of(current_, bytes);
+    }
     return true;
   }
   /// All lanes have read that tile.
   __device__ void release() {
-    const int lane = current_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
-    if (bytes > 0) {
-      tail_ = packkv::detail::shuffle(place_, lane) + bytes + Gap;
-      ring_.release();
-    }
+    if (held_[0] > 0) ring_.release();
+    held_[0] = held_[1];
+    held_[1] = 0;
     ++current_;
     while (request()) {
     }
@@ -70,29 +69,21 @@ class pack_stream {
  private:
   static constexpr int look_ahead = 16;  ///< half a warp: the other half's lanes know tiles that are not yet released
 
+  __device__ static int place_of(int index, int bytes) { return index % 2 == 0 ? 0 : Bytes - bytes; }
+
   /// Requests the next tile; false if there is none, or no room.
   __device__ bool request() {
     if (requested_ == count_ || requested_ == current_ + stages) return false;
     if (requested_ == known_) look_up();
     const int lane = requested_ % packkv::detail::warp_threads, bytes = packkv::detail::shuffle(bytes_, lane);
+    const bool second = requested_ > current_;
     if (bytes > 0) {
-      const int place = room_for(bytes + Gap);
-      if (place < 0) return false;
-      if (packkv::detail::lane_id() == lane) place_ = place;
-      ring_.request_to(buffer_ + place, {from_, bytes}, lane);
-      head_ = place + bytes + Gap;
+      if (second && held_[0] > 0 && held_[0] + bytes > Bytes - Gap) return false;
+      ring_.request_to(buffer_ + place_of(requested_, bytes), {from_, bytes}, lane);
     }
+    (second ? held_[1] : held_[0]) = bytes;
     ++requested_;
     return true;
-  }
-  /// Where so many bytes are free, or -1. The bytes from tail to head, around the end of the buffer, are taken.
-  __device__ int room_for(int bytes) {
-    if (ring_.waiting() == 0) head_ = tail_ = 0;
-    if (head_ > tail_ || ring_.waiting() == 0) {
-      if (buffer_bytes - head_ >= bytes) return head_;
-      return bytes <= tail_ ? 0 : -1;
-    }
-    return bytes <= tail_ - head_ ? head_ : -1;
   }
   /// Finds where the next tiles lie, a lane each.
   __device__ void look_up() {
@@ -119,10 +110,10 @@ class pack_stream {
   const sides packs_;
   std::int64_t number_, step_;
   const std::uint8_t* from_ = nullptr;  ///< of the lane's tile: that with its number, modulo 32, among those looked up
-  int bytes_ = 0, place_ = 0;           ///< the same; 0 bytes: there is no such tile
+  int bytes_ = 0;                       ///< the same; 0: there is no such tile
   int count_, known_ = 0;               ///< tiles; looked up
   int current_ = 0, requested_ = 0;     ///< of the tiles, the first that has not been released, or requested
-  int head_ = 0, tail_ = 0;
+  int held_[stages] = {};               ///< bytes of tile current_ and of the one behind it, as far as requested
 };
 
 }  // namespace packkv::warp
