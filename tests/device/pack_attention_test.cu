@@ -427,20 +427,22 @@ TEST_CASE("packs of 16 tokens with steps of tokens and vectors, which have kerne
   check(dims<64, 64>{}, 12, 9, 2, 5);  // several passes
 }
 
-TEST_CASE("scores of packs may grow from tile to tile as far as they like") {
+TEST_CASE("scores of packs may grow from tile to tile as far as they like, and from slot to slot") {
   random_source random(9);
-  for (const float growth : {0.3f, 4.0f, 40.0f}) {
+  const auto check = [&](auto&& size) {
     pk::pack_format f = random_format(random, 64, 64, 1, 1);
     f.pack_size = 16;
+    f.order = token_order::none;
     f.key.granularity = f.value.granularity = pack_granularity::vector;
     pack_case c(f, 14, walk::contiguous, 3);
     c.values.fill([&](std::int64_t, std::int64_t, std::int64_t) { return random.normal(); });
-    c.keys.fill([&](std::int64_t, std::int64_t t, std::int64_t) {
-      return random.normal() * 0.05f * (1.0f + growth * static_cast<float>(t / 64));
-    });
+    c.keys.fill([&](std::int64_t, std::int64_t t, std::int64_t) { return random.normal() * size(t); });
     REQUIRE(c.compress());
     check_batch<64, 64>(random, c, 2, 1);
-  }
+  };
+  for (const float growth : {0.3f, 4.0f, 40.0f})
+    check([=](std::int64_t t) { return 0.05f * (1.0f + growth * static_cast<float>(t / 64)); });
+  check([](std::int64_t t) { return t % 32 == 31 ? 200.0f : 0.05f; });
 }
 
 TEST_CASE("attention on packs does not need lse, and writes 16-bit elements") {
