@@ -11,11 +11,14 @@
 
 namespace packkv::kernel {
 
-inline constexpr int encode_warps = 16;  ///< of a block of encode_packs
+inline constexpr int encode_warps = 8;   ///< of a block of encode_packs
+inline constexpr int encode_blocks = 3;  ///< that an SM shall hold
 inline constexpr int encode_heads = 16;  ///< most heads of a unit
 
 /// Whether encode_packs<.., HeadDim> turns codes into payloads in their place.
-PACKKV_HOST_DEVICE constexpr bool stages_in_place(int head_dim) { return head_dim != 0 && head_dim <= warp::group_round; }
+PACKKV_HOST_DEVICE constexpr bool stages_in_place(int head_dim) {
+  return head_dim != 0 && head_dim <= warp::group_round;
+}
 
 /// A unit is the heads of one batch row and block of tokens that a block of threads codes.
 struct pack_units {
@@ -132,28 +135,28 @@ __device__ inline void write_unit_codes(const pack_encode_side& s, std::int64_t 
   const warp::pack_chunk<BFloat, HeadDim> chunk(codec, a.in, b, first_head, heads);
   const bool of_heads = codec.granularity == pack_granularity::vector, known = s.ranges_span_units();
   std::uint32_t flags = 0;
-  // The tokens of the warp's slots, one a lane; the loads of a token begin while the one before is coded.
+  // The tokens of the warp's slots, one a lane. The loads of a token are under way while the one before is coded.
   static_assert(tile_tokens <= encode_warps * warp_threads, "a lane has one slot");
   const int own_slot = warp_id() + encode_warps * lane_id();
   const int tokens = own_slot < tile_tokens ? pack_token(a, block, own_slot) : 0;
-  typename warp::pack_chunk<BFloat, HeadDim>::elements x;
-  chunk.load(block * tile_tokens + shuffle(tokens, 0), x);
-  for (int slot = warp_id(), i = 1; slot < tile_tokens; slot += encode_warps, ++i) {
-    const std::int64_t next = block * tile_tokens + shuffle(tokens, i % warp_threads);
-    const bool last = slot + encode_warps >= tile_tokens;
-    const auto load_next = [&](int k) {
-      if (!last) chunk.load(next, k, x);
-    };
+  typename warp::pack_chunk<BFloat, HeadDim>::elements x, next;
+  chunk.load(block * tile_tokens + shuffle(tokens, 0), next);
+#pragma unroll 2
+  for (int i = 0; i < tile_tokens / encode_warps; ++i) {
+    const int slot = warp_id() + encode_warps * i;
+#pragma unroll
+    for (int k = 0; k < warp::pack_row_shape::loads; ++k) x[k] = next[k];
+    if (i + 1 < tile_tokens / encode_warps) chunk.load(block * tile_tokens + shuffle(tokens, i + 1), next);
     const auto store = [&](int, int head, int channel, const bytes8& c) {
       *reinterpret_cast<bytes8*>(codes + ((head - first_head) * tile_tokens + slot) * dim + channel) = c;
     };
     if (of_heads) {
-      chunk.codes_of_heads(x, slot, ranges, flags, store, load_next);
+      chunk.codes_of_heads(x, slot, ranges, flags, store);
     } else {
       pack_range range = known ? ranges[slot] : chunk.range_of_lanes(chunk.extent(x));
       const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
       if (!known && lane_id() == 0) warp::store_range(ranges + slot, range);
-      chunk.codes(x, range, step, store, load_next);
+      chunk.codes(x, range, step, store);
     }
   }
   // Ranges that are known have been reported.
@@ -165,7 +168,8 @@ __device__ inline void write_unit_codes(const pack_encode_side& s, std::int64_t 
 /// has units count the blocks that have begun, too, in their first word.
 /// HeadDim: of both sides, or 0 for any.
 template <bool BFloat, int PackSize, int HeadDim>
-__global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __grid_constant__ pack_encode_args args) {
+__global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
+    encode_packs(const __grid_constant__ pack_encode_args args) {
   using namespace packkv::detail;
   __shared__ encode_unit unit;
   constexpr int groups = tile_tokens / PackSize;
@@ -206,9 +210,9 @@ __global__ void __launch_bounds__(encode_warps * 32, 2) encode_packs(const __gri
     }
   }
   __syncthreads();
-  if (warp < heads) {
-    const int bytes = sum_groups<PackSize>(unit.start[warp], unit.bits[warp], dim);
-    if (lane_id() == 0) unit.bytes[warp] = bytes;
+  for (int head = warp; head < heads; head += encode_warps) {
+    const int bytes = sum_groups<PackSize>(unit.start[head], unit.bits[head], dim);
+    if (lane_id() == 0) unit.bytes[head] = bytes;
   }
   __syncthreads();
   const std::int64_t first_tile = row * a.format.kv_heads + first_head;

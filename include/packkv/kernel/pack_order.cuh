@@ -60,26 +60,28 @@ __global__ void __launch_bounds__(Warps * 32)
   const chunk_type chunk(codec, a.in, 0, 0, heads);
   std::uint32_t flags = 0;  // of the encoder, which finds the same
   for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
-    typename chunk_type::elements x;
-    chunk.load(block * tile_tokens + warp_id(), x);
-    for (int t = warp_id(); t < tile_tokens; t += Warps) {
+    typename chunk_type::elements x, next;
+    chunk.load(block * tile_tokens + warp_id(), next);
+#pragma unroll 2
+    for (int i = 0; i < tile_tokens / Warps; ++i) {
+      const int t = warp_id() + Warps * i;
+#pragma unroll
+      for (int k = 0; k < warp::pack_row_shape::loads; ++k) x[k] = next[k];
+      if (i + 1 < tile_tokens / Warps) chunk.load(block * tile_tokens + t + Warps, next);
       std::uint32_t words[8], present = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) words[i] = ~0u;
+      for (int k = 0; k < 8; ++k) words[k] = ~0u;
       const auto keep = [&](int load, int, int, const bytes8& codes) {
         words[2 * load] = codes.word[0];
         words[2 * load + 1] = codes.word[1];
         present |= codes.word[0] | codes.word[1];
       };
-      const auto load_next = [&](int k) {
-        if (t + Warps < tile_tokens) chunk.load(block * tile_tokens + t + Warps, k, x);
-      };
       if (of_heads) {
-        chunk.codes_of_heads(x, 0, nullptr, flags, keep, load_next);
+        chunk.codes_of_heads(x, 0, nullptr, flags, keep);
       } else {
         pack_range range = chunk.range_of_lanes(chunk.extent(x));
         const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
-        chunk.codes(x, range, step, keep, load_next);
+        chunk.codes(x, range, step, keep);
       }
       present |= present >> 16;
       const int value = median_of_words(words, std::int64_t{heads} * codec.head_dim, (present | present >> 8) & 0xffu);

@@ -92,17 +92,23 @@ template <bool BFloat>
 __device__ inline packkv::detail::bytes8 codes_of(const pack_codec& codec, const pack_range& range,
                                                   const code_step& step, const packkv::detail::bytes16& elements) {
   using namespace packkv::detail;
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const two_floats pair = unpack_16bit<BFloat>(elements.word[i]);
+    x[2 * i] = pair.low;
+    x[2 * i + 1] = pair.high;
+  }
+  if (step.before != 0.0f)
+#pragma unroll
+    for (float& f : x) f = sub_rn(f, step.before);
   bytes8 codes;
-  std::uint32_t fraction = ~0u;  // smallest of the low and of the high elements of the pairs
+  std::uint32_t fraction = ~0u;  // smallest of the even and of the odd elements
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     std::uint32_t sum[4];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const two_floats x = unpack_16bit<BFloat>(elements.word[2 * i + k]);
-      sum[2 * k] = bit_cast<std::uint32_t>(fma_rn(sub_rn(x.low, step.before), step.inverse, step.offset));
-      sum[2 * k + 1] = bit_cast<std::uint32_t>(fma_rn(sub_rn(x.high, step.before), step.inverse, step.offset));
-    }
+    for (int k = 0; k < 4; ++k) sum[k] = bit_cast<std::uint32_t>(fma_rn(x[4 * i + k], step.inverse, step.offset));
     codes.word[i] = select_bytes(select_bytes(sum[0], sum[1], 0x0062), select_bytes(sum[2], sum[3], 0x0062), 0x5410);
     fraction = min_pairs(fraction, select_bytes(sum[0], sum[1], 0x5410), select_bytes(sum[2], sum[3], 0x5410));
   }

@@ -93,23 +93,20 @@ class pack_chunk {
   }
   __device__ static pack_range range_of_lanes(std::uint32_t key) { return range_of(among<32>(key)); }
 
-  /// visit(load, head, channel, codes) in every lane that has them, under one range; done(k) in all lanes when x[k] is
-  /// no longer needed.
-  template <class Visit, class Done>
-  __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step, Visit&& visit,
-                        Done&& done) const {
+  /// visit(load, head, channel, codes) in every lane that has them, under one range.
+  template <class Visit>
+  __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step,
+                        Visit&& visit) const {
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k) {
+    for (int k = 0; k < pack_row_shape::loads; ++k)
       if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, range, step, x[k]));
-      done(k);
-    }
   }
 
   /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the
   /// step of load lane % 4 of its head.
-  template <class Visit, class Done>
-  __device__ void codes_of_heads(const elements& x, int slot, pack_range* ranges, std::uint32_t& flags, Visit&& visit,
-                                 Done&& done) const {
+  template <class Visit>
+  __device__ void codes_of_heads(const elements& x, int slot, pack_range* ranges, std::uint32_t& flags,
+                                 Visit&& visit) const {
     using namespace packkv::detail;
     const int own = lane_id() % pack_row_shape::loads, group = lane_id() - shape_.lane_within(lane_id());
     const bool exists = own < 2 ? (own == 0 ? loaded_[0] : loaded_[1]) : (own == 2 ? loaded_[2] : loaded_[3]);
@@ -126,7 +123,6 @@ class pack_chunk {
       const std::uint32_t bits = shuffle(range_bits, group + k);
       const pack_range r{static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
       if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, r, s, x[k]));
-      done(k);
     }
   }
 
@@ -219,12 +215,12 @@ __device__ inline void for_each_code(const pack_codec& codec, const input_view<4
     typename pack_chunk<BFloat>::elements x;
     chunk.load(token, x);
     if (of_heads) {
-      chunk.codes_of_heads(x, 0, nullptr, flags, visit, [](int) {});
+      chunk.codes_of_heads(x, 0, nullptr, flags, visit);
     } else {
       if (kv_heads <= most) range = pack_chunk<BFloat>::range_of_lanes(chunk.extent(x));
       pack_range copy = range;
       const thread::code_step step = thread::make_code_step<BFloat>(codec, copy, flags);
-      chunk.codes(x, copy, step, visit, [](int) {});
+      chunk.codes(x, copy, step, visit);
     }
   }
 }
