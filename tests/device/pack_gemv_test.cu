@@ -338,6 +338,41 @@ TEST_CASE("queries and weights on packs that are not finite give NaN in their ow
   }
 }
 
+TEST_CASE("packs that every lane copies, as before sm_90, give the bits of those that the copy engine brings") {
+  random_source random(17);
+  using engine = pk::warp::copy_engine;
+  pack_case c(fast_format(random, 64, 2, 1), 11, walk::contiguous, 5);
+  c.fill(random);
+  REQUIRE(c.compress());
+  const device_packs packs(c);
+  const auto view = packs.view();
+  const tensor_data q(random, dtype::float16, 1, 6, 1, 64), w(random, dtype::float16, 1, 6, 1, 11 * 64);
+  const auto run = [&](auto which) {
+    constexpr engine e = decltype(which)::value;
+    batch_output scores(dtype::float32, 1, 6, 1, 11 * 64), sums(dtype::float32, 1, 6, 1, 64),
+        out(dtype::float32, 1, 6, 1, 64);
+    pk::exec x = c.exec();
+    device_array<std::uint8_t> workspace(
+        static_cast<std::size_t>(pk::sequence_workspace_bytes<64>({1, 2, 6, 1, 11 * 64 + 5, 0})));
+    x.workspace = workspace.data();
+    x.workspace_bytes = workspace.size();
+    REQUIRE(pk::initialize_workspace(x));
+    const auto keys = pk::detail::pack_side_source(c.format, side::key, view, tail_of(c, c.keys.device())),
+               values = pk::detail::pack_side_source(c.format, side::value, view, tail_of(c, c.values.device()));
+    REQUIRE(pk::detail::launch_pack_key_gemv<64, e>(keys, q.device(), 2, 1.0f, scores.device(), x));
+    REQUIRE(pk::detail::launch_pack_value_gemv<64, e>(values, w.device(), 2, sums.device(), x));
+    REQUIRE(pk::detail::launch_pack_attention<64, 64, e>(keys, values, q.device(), 2, 0.1f, out.device(), {}, x));
+    std::vector<std::uint8_t> bytes;
+    for (batch_output* o : {&scores, &sums, &out}) {
+      o->fetch();
+      bytes.insert(bytes.end(), o->host_bytes.begin(), o->host_bytes.end());
+    }
+    return bytes;
+  };
+  const auto expected = run(std::integral_constant<engine, engine::best>{});
+  CHECK(run(std::integral_constant<engine, engine::per_thread>{}) == expected);
+}
+
 TEST_CASE("packs without blocks have no scores, and sums of 0") {
   random_source random(16);
   pack_case c(fast_format(random, 64, 2, 1), 0);

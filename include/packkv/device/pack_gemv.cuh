@@ -41,17 +41,16 @@ status launch_pack_kernel(void (*kernel)(Parameter...), std::int64_t blocks, con
                 block_size(shape.warps * warp_threads, shape.shared_bytes, architecture >= 900), stream, parameter...);
 }
 
-template <int HeadDim, int Rows>
+template <int HeadDim, int Rows, warp::copy_engine Engine>
 status launch_pack_key_rows(const warp::pack_source& source, kernel::sequence_args a, cudaStream_t stream) {
-  constexpr warp::copy_engine engine = warp::copy_engine::best;
-  constexpr policy::pack_shape shape = kernel::pack_key_warp<HeadDim, Rows, engine>::shape();
+  constexpr policy::pack_shape shape = kernel::pack_key_warp<HeadDim, Rows, Engine>::shape();
   std::int64_t blocks = 0;
   if (const status s = make_pack_grid(Rows, shape, a.tokens / tile_tokens, a, blocks); !s) return s;
-  return launch_pack_kernel(kernel::pack_key_gemv<HeadDim, Rows, engine>, blocks, shape, stream, source, a);
+  return launch_pack_kernel(kernel::pack_key_gemv<HeadDim, Rows, Engine>, blocks, shape, stream, source, a);
 }
 
 /// As launch_sequence_key_gemv, for packs that take_pack_kernels.
-template <int HeadDim>
+template <int HeadDim, warp::copy_engine Engine = warp::copy_engine::best>
 status launch_pack_key_gemv(const warp::pack_source& source, const input_view<4>& queries, std::int64_t kv_heads,
                             float scale, const output_view<4>& scores, const exec& e) {
   policy::decode_grid grid;
@@ -62,23 +61,22 @@ status launch_pack_key_gemv(const warp::pack_source& source, const input_view<4>
   a.scale = scale;
   a.report = e.report;
   if (policy::pack_key_rows(queries.extent[1] / kv_heads) == 2)
-    return launch_pack_key_rows<HeadDim, 2>(source, a, e.stream);
-  return launch_pack_key_rows<HeadDim, 4>(source, a, e.stream);
+    return launch_pack_key_rows<HeadDim, 2, Engine>(source, a, e.stream);
+  return launch_pack_key_rows<HeadDim, 4, Engine>(source, a, e.stream);
 }
 
-template <int HeadDim, int Rows>
+template <int HeadDim, int Rows, warp::copy_engine Engine>
 status launch_pack_value_rows(const warp::pack_source& source, std::int32_t most_splits, kernel::sequence_args a,
                               cudaStream_t stream) {
-  constexpr warp::copy_engine engine = warp::copy_engine::best;
-  constexpr policy::pack_shape shape = kernel::pack_value_warp<HeadDim, Rows, engine>::shape();
+  constexpr policy::pack_shape shape = kernel::pack_value_warp<HeadDim, Rows, Engine>::shape();
   static_assert(Rows <= policy::decode_rows, "parts of sums fit where the general kernel's rows do");
   std::int64_t blocks = 0;
   if (const status s = make_pack_grid(Rows, shape, most_splits, a, blocks); !s) return s;
-  return launch_pack_kernel(kernel::pack_value_gemv<HeadDim, Rows, engine>, blocks, shape, stream, source, a);
+  return launch_pack_kernel(kernel::pack_value_gemv<HeadDim, Rows, Engine>, blocks, shape, stream, source, a);
 }
 
 /// As launch_sequence_value_gemv, for packs that take_pack_kernels, with the same workspace.
-template <int HeadDim>
+template <int HeadDim, warp::copy_engine Engine = warp::copy_engine::best>
 status launch_pack_value_gemv(const warp::pack_source& source, const input_view<4>& weights, std::int64_t kv_heads,
                               const output_view<4>& out, const exec& e) {
   policy::decode_grid grid;
@@ -88,29 +86,28 @@ status launch_pack_value_gemv(const warp::pack_source& source, const input_view<
   if (const status s = check_grid<HeadDim>(grid, e); !s) return s;
   if constexpr (HeadDim <= 128)
     if (policy::pack_value_rows(weights.extent[1] / kv_heads, HeadDim) == 4)
-      return launch_pack_value_rows<HeadDim, 4>(source, grid.splits, a, e.stream);
-  return launch_pack_value_rows<HeadDim, 2>(source, grid.splits, a, e.stream);
+      return launch_pack_value_rows<HeadDim, 4, Engine>(source, grid.splits, a, e.stream);
+  return launch_pack_value_rows<HeadDim, 2, Engine>(source, grid.splits, a, e.stream);
 }
 
-template <int KeyDim, int ValueDim, int Rows>
+template <int KeyDim, int ValueDim, int Rows, warp::copy_engine Engine>
 status launch_pack_attention_rows(const warp::pack_source& keys, const warp::pack_source& values,
                                   std::int32_t most_splits, kernel::sequence_args a, const output_view<3>& lse,
                                   cudaStream_t stream) {
-  constexpr warp::copy_engine engine = warp::copy_engine::best;
-  using own_type = kernel::pack_attention_warp<KeyDim, ValueDim, Rows, engine>;
+  using own_type = kernel::pack_attention_warp<KeyDim, ValueDim, Rows, Engine>;
   constexpr policy::pack_shape shape = own_type::shape();
   // Parts have 8 floats more than channels, the general kernel's rows 2.
   const std::int64_t most = min_of<std::int64_t>(
       own_type::max_splits(), max_of<std::int64_t>(1, std::int64_t{most_splits} * (ValueDim + 2) / (ValueDim + 8)));
   std::int64_t blocks = 0;
   if (const status s = make_pack_grid(Rows, shape, most, a, blocks); !s) return s;
-  return launch_pack_kernel(kernel::pack_attention<KeyDim, ValueDim, Rows, engine>, blocks, shape, stream, keys, values,
+  return launch_pack_kernel(kernel::pack_attention<KeyDim, ValueDim, Rows, Engine>, blocks, shape, stream, keys, values,
                             a, lse);
 }
 
 /// As launch_sequence_attention without sinks, recent tokens and a window, for packs that take_pack_kernels on both
 /// sides, with the same workspace.
-template <int KeyDim, int ValueDim>
+template <int KeyDim, int ValueDim, warp::copy_engine Engine = warp::copy_engine::best>
 status launch_pack_attention(const warp::pack_source& keys, const warp::pack_source& values,
                              const input_view<4>& queries, std::int64_t kv_heads, float scale,
                              const output_view<4>& out, const output_view<3>& lse, const exec& e) {
@@ -122,8 +119,8 @@ status launch_pack_attention(const warp::pack_source& keys, const warp::pack_sou
   a.scale = scale;
   if constexpr (ValueDim <= 128)
     if (policy::pack_value_rows(queries.extent[1] / kv_heads * queries.extent[2], ValueDim) == 4)
-      return launch_pack_attention_rows<KeyDim, ValueDim, 4>(keys, values, grid.splits, a, lse, e.stream);
-  return launch_pack_attention_rows<KeyDim, ValueDim, 2>(keys, values, grid.splits, a, lse, e.stream);
+      return launch_pack_attention_rows<KeyDim, ValueDim, 4, Engine>(keys, values, grid.splits, a, lse, e.stream);
+  return launch_pack_attention_rows<KeyDim, ValueDim, 2, Engine>(keys, values, grid.splits, a, lse, e.stream);
 }
 
 }  // namespace packkv::detail
