@@ -29,7 +29,9 @@ struct pack_attention_warp {
     return policy::make_pack_shape(
         sizeof(pack_attention_warp),
         sizeof(typename keys::temp_storage) + sizeof(typename warp::token_scores<KeyDim, Rows>::temp_storage) + 512,
-        Rows * ValueDim + 1);
+        Rows * ValueDim > 256   ? 8
+        : Rows * ValueDim > 128 ? 12
+                                : 16);
   }
   /// Blocks that may share a unit: their parts are joined in this shared memory.
   static constexpr int max_splits() {
@@ -77,6 +79,80 @@ struct loose_softmax {
   }
 };
 
+/// A few of the tokens behind the packs, of any element type.
+template <int KeyDim, int ValueDim, int Rows>
+struct pack_tail {
+  static constexpr int tokens = 8;
+  using queries_type = typename warp::token_scores<KeyDim, Rows>::temp_storage;
+
+  /// Scores and weighs the tail's tokens first, .. and adds them to channels lane, lane + 32, .. of each row. True if
+  /// sums of before have to be multiplied by `factor` first. All lanes take part.
+  __device__ static bool add(const input_view<4>& keys, const input_view<4>& values, const sequence_rows<Rows>& unit,
+                             int rows, std::int64_t first, const queries_type& queries, float scale,
+                             loose_softmax<Rows>& softmax, float (&factor)[Rows],
+                             float (&channels)[Rows][ValueDim / 32]) {
+    using namespace packkv::detail;
+    const std::int64_t tail = keys.extent[2], queries_of_head = unit.a.in.extent[2];
+    const int count = static_cast<int>(min_of<std::int64_t>(tokens, tail - first));
+    float weights[2][Rows];
+    {
+      float x[tokens][KeyDim / warp_threads], score[warp_threads] = {};
+      load(keys, unit, first, count, x);
+      for_constants<tokens>([&](auto token) {
+        for_constants<Rows>([&](auto row) {
+          constexpr int t = decltype(token)::value, r = decltype(row)::value;
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < KeyDim / warp_threads; ++i)
+            sum = fmaf(queries.query[r][lane_id() + warp_threads * i], x[t][i], sum);
+          score[t * Rows + r] = sum;
+        });
+      });
+      const float own = warp::sums_of_lanes(score);  // of token lane / Rows, row lane % Rows
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        const float s = shuffle(own, (lane_id() * Rows + r) % warp_threads);
+        const std::int64_t last = tail - queries_of_head + (r < rows ? unit.query(r) : 0);  // that the row sees
+        weights[0][r] = r < rows && lane_id() < count && first + lane_id() <= last ? s * scale : -infinity();
+        weights[1][r] = -infinity();
+      }
+    }
+    const bool raised = softmax.weigh(weights, factor);
+    float x[tokens][ValueDim / warp_threads];
+    load(values, unit, first, count, x);
+#pragma unroll
+    for (int t = 0; t < tokens; ++t)
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        const float w = shuffle(weights[0][r], t);
+        if (w == 0.0f) continue;  // what is not seen may be NaN
+#pragma unroll
+        for (int i = 0; i < ValueDim / warp_threads; ++i) channels[r][i] = fmaf(w, x[t][i], channels[r][i]);
+      }
+    return raised;
+  }
+
+ private:
+  /// The lane's channels of `count` tokens; all loads come first.
+  template <int Channels>
+  __device__ static void load(const input_view<4>& from, const sequence_rows<Rows>& unit, std::int64_t first, int count,
+                              float (&x)[tokens][Channels]) {
+    using namespace packkv::detail;
+    std::uint32_t bits[tokens][Channels];
+#pragma unroll
+    for (int t = 0; t < tokens; ++t) {
+      const auto* const token =
+          static_cast<const char*>(address(from, unit.b, unit.head, first + min_of(t, count - 1), lane_id()));
+#pragma unroll
+      for (int i = 0; i < Channels; ++i) bits[t][i] = load_bits(token + i * warp_threads * from.stride[3], from.type);
+    }
+#pragma unroll
+    for (int t = 0; t < tokens; ++t)
+#pragma unroll
+      for (int i = 0; i < Channels; ++i) x[t][i] = element_of_bits(bits[t][i], from.type);
+  }
+};
+
 /// out = softmax(scale * in . k^) v^; query i of n stands at token tokens - n + i and sees no later one. Grid: units of
 /// Rows rows, times splits.
 template <int KeyDim, int ValueDim, int Rows, warp::copy_engine Engine>
@@ -104,16 +180,15 @@ __global__ void __launch_bounds__(
   own_type& own = all[warp_id()];
   wait_for_kernel_before();
   const sequence_rows<Rows> unit(a);
-  const std::int64_t coded = key_source.blocks, tiles = ceil_div<std::int64_t>(a.tokens, tile_tokens);
-  const std::int64_t begin = tiles * unit.split / a.splits + warp_id(), end = tiles * (unit.split + 1) / a.splits;
-  const std::int64_t coded_end = min_of(coded, end);
+  const std::int64_t coded = key_source.blocks;
+  const std::int64_t begin = coded * unit.split / a.splits + warp_id(), end = coded * (unit.split + 1) / a.splits;
   const pack_format& f = key_source.format;
   stream_type stream(streams[warp_id()], own.tiles, {{&key_source.packs, &value_source.packs}},
                      pack_tile_number(f, unit.b, unit.head, begin), warps * pack_tile_step(f),
-                     begin < coded_end ? static_cast<int>(ceil_div<std::int64_t>(coded_end - begin, warps)) : 0);
+                     begin < end ? static_cast<int>(ceil_div<std::int64_t>(end - begin, warps)) : 0);
   stream.start();
-  pack_ranges key_ranges(key_source, unit.b, unit.head, begin, warps, begin < coded_end);
-  pack_ranges value_ranges(value_source, unit.b, unit.head, begin, warps, begin < coded_end);
+  pack_ranges key_ranges(key_source, unit.b, unit.head, begin, warps, begin < end);
+  pack_ranges value_ranges(value_source, unit.b, unit.head, begin, warps, begin < end);
   constexpr float log2_e = 1.4426950408889634f;
   keys_type::prepare(
       queries, [&](int r, int c) { return unit.load(r, c); }, a.scale * log2_e, warp_id(), warps);
@@ -126,9 +201,19 @@ __global__ void __launch_bounds__(
   typename own_type::values sum(own.sums);
   std::uint32_t flags = 0;
 
-  std::int64_t tile = begin;
-  for (; tile < coded_end; tile += warps) {
-    const bool more = tile + warps < coded_end;
+  // While the first tiles are on their way. Pieces go to the splits in turn, because they take long.
+  using tail_type = pack_tail<KeyDim, ValueDim, Rows>;
+  const std::int64_t tail = key_source.tail.extent[2];
+  for (std::int64_t first = tail_type::tokens * (unit.split + std::int64_t{a.splits} * warp_id()); first < tail;
+       first += tail_type::tokens * std::int64_t{a.splits} * warps) {
+    float channels[Rows][ValueDim / warp_threads] = {}, factor[Rows];
+    const bool raised = tail_type::add(key_source.tail, value_source.tail, unit, rows, first, raw_queries,
+                                       a.scale * log2_e, softmax, factor, channels);
+    if (raised) sum.rescale(factor);
+    sum.add_channels(channels);
+  }
+  for (std::int64_t tile = begin; tile < end; tile += warps) {
+    const bool more = tile + warps < end;
     const std::uint8_t* bytes = nullptr;
     int size = 0;
     pack_step steps[2];
@@ -138,8 +223,8 @@ __global__ void __launch_bounds__(
       (void)stream.next(bytes, size);
       const bool good = bytes != nullptr && codes.open(bytes, size);
       if (!good) flags |= report_tile_damaged;
-#pragma unroll 1
-      for (int g = 0; good && g < groups; ++g) {
+#pragma unroll 2
+      for (int g = 0; g < (good ? groups : 0); ++g) {
         std::int32_t sums[keys_type::passes][4];
         codes.unpack(own.codes.key);
         __syncwarp();
@@ -169,8 +254,8 @@ __global__ void __launch_bounds__(
         sum.weigh(weights, steps, f.value.zero == pack_zero::integer, rows);
       else
         sum.add_nan(weights);
-#pragma unroll 1
-      for (int g = 0; good && g < groups; ++g) {
+#pragma unroll 2
+      for (int g = 0; g < (good ? groups : 0); ++g) {
         codes.unpack(own.codes.value);
         __syncwarp();  // the weights, too
         sum.add(g, own.codes.value);
@@ -178,27 +263,6 @@ __global__ void __launch_bounds__(
       }
       stream.release();
     }
-  }
-  // The 16-bit tokens, few and one at a time.
-  for (; tile < end; tile += warps) {
-    const std::int64_t first = tile * tile_tokens;
-    const int count = static_cast<int>(min_of<std::int64_t>(tile_tokens, a.tokens - first));
-    float weights[2][Rows], factor[Rows];
-    warp::tail_reader<KeyDim> raw_keys(key_source.tail, unit.b, unit.head, first - coded * tile_tokens);
-    raw_scores::compute(raw_queries, raw_keys, count, weights);
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-        const std::int64_t slot = lane_id() + warp_threads * j,
-                           position = a.tokens - a.in.extent[2] + (r < rows ? unit.query(r) : 0);
-        const bool seen = r < rows && slot < count && first + slot <= position;
-        weights[j][r] = seen ? weights[j][r] * (a.scale * log2_e) : -infinity();
-      }
-    if (softmax.weigh(weights, factor)) sum.rescale(factor);
-    warp::tail_reader<ValueDim> raw_values(value_source.tail, unit.b, unit.head, first - coded * tile_tokens);
-    warp::value_sum<ValueDim, Rows> plain;
-    plain.add_tokens(weights, [&](int slot, float(&x)[ValueDim / 32]) { raw_values.load(slot, x); });
-    sum.add_channels(plain.channel);
   }
   sum.finish();
   detail::add_report(a.report, lane_id() == 0 ? flags : 0u, 0);

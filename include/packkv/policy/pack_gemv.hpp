@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tuning of the kernels that unpack packs of 16 tokens: warps of a block, and how many blocks share a unit.
-//   constexpr auto shape = make_pack_shape(warp_bytes, fixed_bytes, 2 * 128);   int splits = pack_splits(units, tiles,
+//   constexpr auto shape = make_pack_shape(warp_bytes, fixed_bytes, 16);   int splits = pack_splits(units, tiles,
 //   shape, most);
 #pragma once
 
@@ -19,12 +19,11 @@ struct pack_shape {
 /// Shared memory that a block may have on any SM (one of 100 KiB).
 inline constexpr int most_block_bytes = 99 * 1024;
 
-/// For warps that need `warp_bytes` of shared memory each and keep `sums` sums of rows and channels, and blocks that
-/// need `fixed_bytes` beside them. Threads have 128 registers, or 168 for more than 256 sums.
-PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int fixed_bytes, int sums) {
+/// For warps that need `warp_bytes` of shared memory each, blocks that need `fixed_bytes` beside them, and at most
+/// `of_sm` warps of an SM: 16 leave a thread 128 registers, 12 leave 168, 8 all.
+PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int fixed_bytes, int of_sm) {
   pack_shape s;
-  const int of_sm = sums > 256 ? 12 : 16;
-  s.warps = of_sm == 16 ? 8 : 4;
+  s.warps = of_sm == 12 ? 4 : 8;
   while (s.warps * warp_bytes > most_block_bytes - fixed_bytes) s.warps /= 2;
   s.blocks_per_sm = of_sm / s.warps;
   while (s.blocks_per_sm * (s.warps * warp_bytes + fixed_bytes + 1024) > 228 * 1024) --s.blocks_per_sm;
