@@ -34,11 +34,11 @@ inline status check_pack_order(const pack_format& f, std::int64_t blocks, const 
   return {};
 }
 
-/// Formats whose sides have this head dim have an encoder of their own.
-inline constexpr int usual_head_dim = 128;
+/// Formats whose sides have this head dim have an encoder of their own, but for the smallest packs.
+inline constexpr int usual_head_dim = 128, usual_pack_size = 8;
 static_assert(kernel::stages_in_place(usual_head_dim), "encode_shared_bytes is told so");
-inline bool has_usual_dims(const pack_format& f) {
-  return f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim;
+inline bool has_usual_encoder(const pack_format& f) {
+  return f.key.head_dim == usual_head_dim && f.value.head_dim == usual_head_dim && f.pack_size >= usual_pack_size;
 }
 
 /// Ranges of one side, in the order of tokens.
@@ -79,15 +79,15 @@ inline status find_greedy_order(const kernel::pack_args& key, const kernel::pack
     return launch(kernel::order_by_greed<BFloat, true, kernel::greedy_warps>, grid_for(key.blocks),
                   block_size(threads, static_cast<int>(block::code_rows(key.format).bytes())), e.stream, args);
   args.workspace = static_cast<std::uint8_t*>(e.workspace) + workspace_counter_bytes;
-  return launch(kernel::order_by_greed<BFloat, false, kernel::greedy_warps>, grid_for(min_of<std::int64_t>(key.blocks, greedy_blocks)),
-                threads, e.stream, args);
+  return launch(kernel::order_by_greed<BFloat, false, kernel::greedy_warps>,
+                grid_for(min_of<std::int64_t>(key.blocks, greedy_blocks)), threads, e.stream, args);
 }
 
 template <bool BFloat>
 inline status find_median_order(const kernel::pack_args& value, std::uint8_t* order, const exec& e) {
   constexpr int warps = kernel::median_warps;
-  const auto run = [&](auto kernel) {
-    return launch(kernel, grid_for(value.blocks), warps * warp_threads, e.stream, value, order);
+  const auto run = [&](auto function) {
+    return launch(function, grid_for(value.blocks), warps * warp_threads, e.stream, value, order);
   };
   if (!kernel::medians_in_registers(value.format)) return run(kernel::order_by_counts<BFloat, warps>);
   return value.format.value.head_dim == usual_head_dim ? run(kernel::order_by_median<BFloat, usual_head_dim, warps>)
@@ -95,7 +95,8 @@ inline status find_median_order(const kernel::pack_args& value, std::uint8_t* or
 }
 
 /// The order of the blocks, if there is one to compute or to check. Ranges of a side that is not fast are those that
-/// find_pack_ranges wrote.
+/// find_pack_ranges wrote. A template as compress is.
+template <int Unused = 0>
 inline status find_pack_order(const kernel::pack_args& key, const kernel::pack_args& value, bool key_fast,
                               bool value_fast, const pack_order& order, int shared_bytes, const exec& e) {
   const std::int64_t blocks = value.blocks;
@@ -147,7 +148,7 @@ inline int encoder_heads(const pack_format& f, side which, const input_view<4>& 
   if (!aligned) return 0;
   int heads = kernel::encode_heads;
   const int room = shared_bytes - static_cast<int>(sizeof(kernel::encode_unit));
-  while (heads > 0 && kernel::encode_shared_bytes(f, which, heads, has_usual_dims(f)) > room) heads /= 2;
+  while (heads > 0 && kernel::encode_shared_bytes(f, which, heads, has_usual_encoder(f)) > room) heads /= 2;
   // Launches count both sides' units in 32 bits.
   return heads > 0 && kernel::pack_units(f, which, heads).count(f, blocks) < (std::int64_t{1} << 30) ? heads : 0;
 }
@@ -159,8 +160,8 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
   for (const kernel::pack_encode_side* s : {&args.key, &args.value}) {
     if (s->units == 0) continue;
     const kernel::pack_args& a = s->args;
-    shared_bytes =
-        max_of(shared_bytes, kernel::encode_shared_bytes(a.format, a.which, s->most_heads, has_usual_dims(a.format)));
+    shared_bytes = max_of(shared_bytes,
+                          kernel::encode_shared_bytes(a.format, a.which, s->most_heads, has_usual_encoder(a.format)));
     offsets[static_cast<int>(a.which)] = tile_count(a.format, a.blocks) + 1;
     if (!s->ranges_span_units()) continue;
     constexpr int warps = kernel::pack_warps;
@@ -176,10 +177,13 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
                               stream, args.key.args.out.offsets, offsets[0], args.value.args.out.offsets, offsets[1]);
       !s)
     return s;
-  return launch(has_usual_dims(args.key.args.format) ? kernel::encode_packs<BFloat, PackSize, usual_head_dim>
-                                                     : kernel::encode_packs<BFloat, PackSize, 0>,
-                grid_for(args.key.units + args.value.units),
-                block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
+  const auto run = [&](auto function) {
+    return launch(function, grid_for(args.key.units + args.value.units),
+                  block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
+  };
+  if constexpr (PackSize >= usual_pack_size)
+    if (has_usual_encoder(args.key.args.format)) return run(kernel::encode_packs<BFloat, PackSize, usual_head_dim>);
+  return run(kernel::encode_packs<BFloat, PackSize, 0>);
 }
 
 template <bool BFloat>
@@ -232,6 +236,8 @@ inline std::int64_t pack_workspace_bytes(const pack_format& f, std::int64_t bloc
 ///   a float, has NaN as both ends of its range and codes 0. It reads as NaN, and reference::check_packs refuses it;
 /// - report_code_overflow: codes above 255 become 255, so that the group's largest elements read as too small;
 /// - report_order_invalid: a given order is no permutation; its entries are taken modulo 64.
+/// A template, so that its kernels, of which there are many, are compiled only where it is called.
+template <int Unused = 0>
 inline status compress(const pack_format& f, const input_view<4>& keys, const input_view<4>& values,
                        std::int64_t blocks, const pack_side& key, const pack_side& value, const pack_order& order,
                        const exec& e) {
@@ -246,7 +252,8 @@ inline status compress(const pack_format& f, const input_view<4>& keys, const in
         (which == side::key ? key : value).capacity < bytes)
       return refuse(status_code::overflow, "a capacity is less than max_pack_bytes()", bytes);
   int limit = 0;
-  if (const status s = detail::shared_limit(kernel::order_by_greed<false, true, kernel::greedy_warps>, limit); !s) return s;
+  if (const status s = detail::shared_limit(kernel::order_by_greed<false, true, kernel::greedy_warps>, limit); !s)
+    return s;
   const bool greedy = f.order == token_order::greedy && order.computed != nullptr && blocks > 0;
   if (greedy && !detail::greedy_fits(f, limit))
     if (const status s = detail::check_workspace(e, detail::greedy_workspace(f, blocks)); !s) return s;
