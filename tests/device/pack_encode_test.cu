@@ -79,7 +79,10 @@ __global__ void code_elements(pk::pack_codec codec, pk::pack_range range, const 
   std::uint32_t flags = 0;
   const pk::thread::code_step step = pk::thread::make_code_step<BFloat>(codec, range, flags);
   const std::int64_t first = 8 * (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
-  const pk::detail::bytes8 x = pk::thread::codes_of<BFloat>(codec, range, step, pk::detail::load16(elements + first));
+  const pk::detail::bytes16 own = pk::detail::load16(elements + first);
+  bool near = false;
+  pk::detail::bytes8 x = pk::thread::codes_of<BFloat>(step, own, near);
+  if (near) x = pk::thread::divided_codes<BFloat>(codec, range, own);
   for (int i = 0; i < 8; ++i) codes[first + i] = static_cast<std::uint8_t>(x.word[i / 4] >> 8 * (i % 4));
   if (first == 0) {
     *found = flags;

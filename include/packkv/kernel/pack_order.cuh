@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Warps * 32)
   for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
     typename chunk_type::elements x, next;
     chunk.load(block * tile_tokens + warp_id(), next);
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < tile_tokens / Warps; ++i) {
       const int t = warp_id() + Warps * i;
 #pragma unroll
@@ -72,8 +72,12 @@ __global__ void __launch_bounds__(Warps * 32)
 #pragma unroll
       for (int k = 0; k < 8; ++k) words[k] = ~0u;
       const auto keep = [&](int load, int, int, const bytes8& codes) {
-        words[2 * load] = codes.word[0];
-        words[2 * load + 1] = codes.word[1];
+#pragma unroll
+        for (int k = 0; k < warp::pack_row_shape::loads; ++k)
+          if (k == load) {
+            words[2 * k] = codes.word[0];
+            words[2 * k + 1] = codes.word[1];
+          }
         present |= codes.word[0] | codes.word[1];
       };
       if (of_heads) {
@@ -108,13 +112,25 @@ __global__ void __launch_bounds__(Warps * 32)
     for (int t = warp_id(); t < tile_tokens; t += Warps) {
       for (int i = lane_id(); i <= max_pack_code; i += warp_threads) mine[i] = 0;
       __syncwarp();
-      for (int b = 0; b < a.format.batch; ++b)
-        warp::for_each_code<BFloat>(codec, a.in, b, heads, block * tile_tokens + t,
-                                    [&](int, int, int, const bytes8& codes) {
+      bytes8 kept[warp::pack_row_shape::loads];
+      unsigned present = 0;  // loads that are kept
+      const auto keep = [&](int load, int, int, const bytes8& codes) {
 #pragma unroll
-                                      for (int i = 0; i < 8; ++i)
-                                        atomicAdd(&mine[codes.word[i / 4] >> 8 * (i % 4) & 0xffu], 1u);
-                                    });
+        for (int k = 0; k < warp::pack_row_shape::loads; ++k)
+          if (k == load) kept[k] = codes;
+        present |= 1u << load;
+      };
+      const auto count_kept = [&] {
+#pragma unroll
+        for (int k = 0; k < warp::pack_row_shape::loads; ++k)
+          for (int i = 0; (present >> k & 1u) != 0 && i < 8; ++i) {
+            atomicAdd(&mine[kept[k].word[0] & 0xffu], 1u);
+            kept[k].word[0] = i == 3 ? kept[k].word[1] : kept[k].word[0] >> 8;
+          }
+        present = 0;
+      };
+      for (int b = 0; b < a.format.batch; ++b)
+        warp::for_each_code<BFloat>(codec, a.in, b, heads, block * tile_tokens + t, keep, count_kept);
       __syncwarp();
       const int value = median_code(mine, channels);
       __syncwarp();
@@ -155,10 +171,12 @@ __device__ inline void write_code_rows(const pack_args& a, bool fast, std::int64
     for (int b = 0; b < a.format.batch; ++b) {
       std::uint8_t* const to = rows + t * stride + std::int64_t{b} * heads * dim;
       if (fast) {
-        warp::for_each_code<BFloat>(codec, a.in, b, heads, block * tile_tokens + t,
-                                    [&](int, int head, int channel, const bytes8& codes) {
-                                      *reinterpret_cast<bytes8*>(to + std::int64_t{head} * dim + channel) = codes;
-                                    });
+        warp::for_each_code<BFloat>(
+            codec, a.in, b, heads, block * tile_tokens + t,
+            [&](int, int head, int channel, const bytes8& codes) {
+              *reinterpret_cast<bytes8*>(to + std::int64_t{head} * dim + channel) = codes;
+            },
+            [] {});
       } else {
         for (int i = lane_id(); i < heads * dim; i += warp_threads) {
           const pack_range range = pack_ranges_of(a, block, b)[range_index(codec, i / dim, t, i % dim)];

@@ -87,10 +87,10 @@ __device__ inline packkv::detail::bytes8 divided_codes(const pack_codec& codec, 
   return codes;
 }
 
-/// Codes of eight elements of a group, in order. range: as make_code_step left it.
+/// Codes of eight elements of a group, in order, unless they are `near` a boundary and to be divided.
 template <bool BFloat>
-__device__ inline packkv::detail::bytes8 codes_of(const pack_codec& codec, const pack_range& range,
-                                                  const code_step& step, const packkv::detail::bytes16& elements) {
+__device__ inline packkv::detail::bytes8 codes_of(const code_step& step, const packkv::detail::bytes16& elements,
+                                                  bool& near) {
   using namespace packkv::detail;
   float x[8];
 #pragma unroll
@@ -112,8 +112,7 @@ __device__ inline packkv::detail::bytes8 codes_of(const pack_codec& codec, const
     codes.word[i] = select_bytes(select_bytes(sum[0], sum[1], 0x0062), select_bytes(sum[2], sum[3], 0x0062), 0x5410);
     fraction = min_pairs(fraction, select_bytes(sum[0], sum[1], 0x5410), select_bytes(sum[2], sum[3], 0x5410));
   }
-  if (min_of(fraction & 0xffffu, fraction >> 16) < code_near || step.offset == 0.0f)
-    codes = divided_codes<BFloat>(codec, range, elements);
+  near = min_of(fraction & 0xffffu, fraction >> 16) < code_near || step.offset == 0.0f;
   return codes;
 }
 

@@ -21,7 +21,7 @@ template <class Entry>
 __device__ inline std::int64_t find_begin(std::int64_t number, std::int64_t size, Entry&& entry) {
   using namespace packkv::detail;
   constexpr int reads = 4;  // of a lane at once
-  std::int64_t begin = 0;
+  std::int64_t own = 0;     // of the sum, this lane's part
   bool found = number == 0;
   for (std::int64_t last = number - 1; !found; last -= reads * warp_threads) {
     std::int64_t known[reads];
@@ -39,10 +39,11 @@ __device__ inline std::int64_t find_begin(std::int64_t number, std::int64_t size
       // From the nearest end on: the items between it and this one have sizes. Item 0 has an end.
       const unsigned ends = __ballot_sync(all_lanes, known[k] > 0);
       const int nearest = ends == 0 ? warp_threads : __ffs(static_cast<int>(ends)) - 1;
-      begin += warp_sum(lane_id() < nearest ? -known[k] : lane_id() == nearest ? known[k] : std::int64_t{0});
+      own += lane_id() < nearest ? -known[k] : lane_id() == nearest ? known[k] : std::int64_t{0};
       found = ends != 0;
     }
   }
+  const std::int64_t begin = warp_sum(own);
   if (lane_id() == 0 && number > 0) publish(entry(number), begin + size);
   return begin;
 }

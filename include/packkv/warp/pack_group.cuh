@@ -49,7 +49,8 @@ __device__ inline void write_fields(std::uint32_t bytes, int bits, int count, st
       static_cast<int>((static_cast<float>(8 * lane_id()) + 0.5f) * reciprocal_fast(static_cast<float>(bits)));
   const int skipped = 32 * lane_id() - 4 * bits * first;
   std::uint32_t word = 0;
-  for (int k = 0; k <= (8 + bits - 1) / bits; ++k) {
+#pragma unroll 1
+  for (int k = 0; k * bits < 8 + bits; ++k) {
     const std::uint32_t x = shuffle(own, (first + k) % warp_threads);
     const int at = 4 * bits * k - skipped;
     word |= at < 0 ? x >> -at : at < 32 ? x << at : 0u;
@@ -135,6 +136,7 @@ __device__ inline void write_staged_group(const pack_tile& shape, int g, int sta
   write_packs_of_round(shape, g, 0, exists ? packs[lane_id()] : thread::four_packs{0, 0}, tile);
   const std::uint32_t* const from = reinterpret_cast<const std::uint32_t*>(staged);
   std::uint32_t* const payload = tile + shape.payload_offset() / 4 + start;
+#pragma unroll 1
   for (int i = lane_id(); i < words; i += warp_threads) payload[i] = from[i];
 }
 
@@ -165,6 +167,7 @@ __device__ inline void write_group(const pack_tile& shape, int g, int start, con
       store_fields<PackSize, true>(c < dim, codes + c, dim, x, begin, stage, [] {});
     __syncwarp();
     const bool last = first + group_round >= dim;
+#pragma unroll 1
     for (int i = lane_id(); i < whole; i += warp_threads) payload[i] = stage[i];
     if (rest > 0 && lane_id() == 0) {
       // What follows has not been written; packs of 16 and 32 tokens end with a half.

@@ -93,13 +93,16 @@ class pack_chunk {
   }
   __device__ static pack_range range_of_lanes(std::uint32_t key) { return range_of(among<32>(key)); }
 
-  /// visit(load, head, channel, codes) in every lane that has them, under one range.
+  /// visit(load, head, channel, codes) in every lane that has them, under one range. Elements close to the boundaries
+  /// of codes are visited again, with codes that replace the first ones.
   template <class Visit>
   __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step,
                         Visit&& visit) const {
+    const std::uint32_t bits = range.low | std::uint32_t{range.high} << 16, ranges[] = {bits, bits, bits, bits};
+    unsigned near = 0;
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k)
-      if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, range, step, x[k]));
+    for (int k = 0; k < pack_row_shape::loads; ++k) visit_load(x, k, step, near, visit);
+    divide(near, x, ranges, visit);
   }
 
   /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the
@@ -115,15 +118,16 @@ class pack_chunk {
     const thread::code_step step = thread::make_code_step<BFloat>(codec_, range, flags);
     if (ranges != nullptr && exists && lane_id() - group < pack_row_shape::loads && (own & shape_.load_bits) == 0)
       store_range(ranges + (first_head_ + shape_.head(own, lane_id())) * tile_tokens + slot, range);
-    const std::uint32_t range_bits = range.low | std::uint32_t{range.high} << 16;
+    std::uint32_t range_bits[pack_row_shape::loads];
+    unsigned near = 0;
 #pragma unroll
     for (int k = 0; k < pack_row_shape::loads; ++k) {
       const thread::code_step s{shuffle(step.before, group + k), shuffle(step.inverse, group + k),
                                 shuffle(step.offset, group + k)};
-      const std::uint32_t bits = shuffle(range_bits, group + k);
-      const pack_range r{static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
-      if (loaded_[k]) visit(k, head(k), channel(k), thread::codes_of<BFloat>(codec_, r, s, x[k]));
+      range_bits[k] = shuffle(range.low | std::uint32_t{range.high} << 16, group + k);
+      visit_load(x, k, s, near, visit);
     }
+    divide(near, x, range_bits, visit);
   }
 
   /// Smallest element in the low half, and the largest with its sign changed in the high one, so that both are minima.
@@ -132,6 +136,35 @@ class pack_chunk {
  private:
   __device__ int head(int load) const { return first_head_ + shape_.head(load, packkv::detail::lane_id()); }
   __device__ int channel(int load) const { return shape_.channel(load, packkv::detail::lane_id()); }
+
+  template <class Visit>
+  __device__ void visit_load(const elements& x, int k, const thread::code_step& step, unsigned& near,
+                             Visit& visit) const {
+    if (!loaded_[k]) return;
+    bool divided;
+    const packkv::detail::bytes8 codes = thread::codes_of<BFloat>(step, x[k], divided);
+    visit(k, head(k), channel(k), codes);
+    if (divided) near |= 1u << k;
+  }
+  /// Visits the loads of `near` again: rare, and one piece of code for all.
+  template <class Visit>
+  __device__ void divide(unsigned near, const elements& x, const std::uint32_t (&ranges)[pack_row_shape::loads],
+                         Visit& visit) const {
+#pragma unroll 1
+    for (; near != 0; near &= near - 1) {
+      const int k = __ffs(static_cast<int>(near)) - 1;
+      packkv::detail::bytes16 chosen = x[0];
+      std::uint32_t bits = ranges[0];
+#pragma unroll
+      for (int i = 1; i < pack_row_shape::loads; ++i)
+        if (i == k) {
+          chosen = x[i];
+          bits = ranges[i];
+        }
+      const pack_range range{static_cast<std::uint16_t>(bits), static_cast<std::uint16_t>(bits >> 16)};
+      visit(k, head(k), channel(k), thread::divided_codes<BFloat>(codec_, range, chosen));
+    }
+  }
 
   /// Of both halves of two words, of a load, of `Lanes` neighbouring lanes.
   __device__ static std::uint32_t folded(std::uint32_t low, std::uint32_t high) {
@@ -201,10 +234,11 @@ __device__ inline pack_range find_token_range(const pack_codec& codec, const inp
   return pack_chunk<BFloat>::range_of_lanes(key);
 }
 
-/// visit(load, head, channel, codes) for all heads of a token, whatever their number; the ranges are found.
-template <bool BFloat, class Visit>
+/// visit(load, head, channel, codes) for all heads of a token, whatever their number, as pack_chunk::codes does;
+/// finish() after each chunk, when its codes are final. The ranges are found.
+template <bool BFloat, class Visit, class Finish>
 __device__ inline void for_each_code(const pack_codec& codec, const input_view<4>& in, std::int64_t b, int kv_heads,
-                                     std::int64_t token, Visit&& visit) {
+                                     std::int64_t token, Visit&& visit, Finish&& finish) {
   const int most = pack_row_shape(codec.head_dim).heads();
   const bool of_heads = codec.granularity == pack_granularity::vector;
   std::uint32_t flags = 0;  // of the encoder, which finds the same
@@ -222,6 +256,7 @@ __device__ inline void for_each_code(const pack_codec& codec, const input_view<4
       const thread::code_step step = thread::make_code_step<BFloat>(codec, copy, flags);
       chunk.codes(x, copy, step, visit);
     }
+    finish();
   }
 }
 
