@@ -107,15 +107,6 @@ __device__ inline std::uint32_t byte_distances(std::uint32_t a, std::uint32_t b)
 #endif
 }
 
-/// The upper 32 bits of a product.
-__device__ inline std::uint32_t multiply_high(std::uint32_t a, std::uint32_t b) {
-#if defined(PACKKV_SIMT_EXECUTOR)
-  return static_cast<std::uint32_t>(std::uint64_t{a} * b >> 32);
-#else
-  return __umulhi(a, b);
-#endif
-}
-
 /// A word that other blocks of the launch read by observe(), as a whole; orders nothing else.
 __device__ inline void publish(std::int64_t* p, std::int64_t x) {
 #if defined(PACKKV_SIMT_EXECUTOR)

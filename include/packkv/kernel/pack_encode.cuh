@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Warps * 32) find_row_ranges(const __grid_const
 
 /// Starts of the groups of a head, its header, and the bytes of its tile; a warp.
 template <int PackSize>
-__device__ inline int sum_groups(int (&start)[tile_tokens / 2 + 1], std::uint32_t bits, int dim) {
+__device__ inline int sum_groups(int* start, std::uint32_t bits, int dim) {
   using namespace packkv::detail;
   pack_tile shape{PackSize, dim, bit_length(bits & 0xffu), bit_length(bits >> 8)};
   const int own = lane_id() < shape.groups() ? start[lane_id() + 1] : 0, end = warp_prefix_sum(own);
