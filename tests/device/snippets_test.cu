@@ -377,7 +377,7 @@ TEST_CASE("documentation: what the device finds wrong is in the report, what the
   // [status]
   if (const pk::status s = run(); !s) log(s.message, s.detail);  // nothing was launched
   // [status]
-  CHECK(said == "softmax_scale must be finite and > 00");
+  CHECK(said == "the softmax scale must be finite and > 00");
 }
 
 TEST_CASE("documentation: layers of different plans choose among compiled formats") {

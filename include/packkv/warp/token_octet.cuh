@@ -25,12 +25,23 @@ struct token_octet {
   __device__ static void turn([[maybe_unused]] elements& y, [[maybe_unused]] int q) {
     if constexpr (turned) hadamard(y, q);
   }
+  __device__ static void pair(float& a, float& b) {
+    const float low = a, high = b;
+    a = detail::add_rn(low, high), b = detail::sub_rn(low, high);
+  }
+  /// From the stage of `Stride` blocks on.
+  template <int Stride>
+  __device__ static void between_blocks(elements& y) {
+    if constexpr (16 * Stride < hadamard_block(dim)) {
+#pragma unroll
+      for (int b = 0; b < blocks; ++b)
+        if ((b & Stride) == 0)
+          for (int j = 0; j < 4; ++j) pair(y[b][j], y[b + Stride][j]);
+      between_blocks<2 * Stride>(y);
+    }
+  }
   __device__ static void hadamard(elements& y, int q) {
     using namespace packkv::detail;
-    const auto pair = [](float& a, float& b) {
-      const float low = a, high = b;
-      a = add_rn(low, high), b = sub_rn(low, high);
-    };
     for (int b = 0; b < blocks; ++b) {
       pair(y[b][0], y[b][1]), pair(y[b][2], y[b][3]);
       pair(y[b][0], y[b][2]), pair(y[b][1], y[b][3]);
@@ -40,15 +51,9 @@ struct token_octet {
           y[b][j] = (q & stride) == 0 ? add_rn(y[b][j], other) : sub_rn(other, y[b][j]);
         }
     }
-    constexpr int channels = hadamard_block(dim);
-#pragma unroll
-    for (int stride = 1; 16 * stride < channels; stride *= 2)
-#pragma unroll
-      for (int b = 0; b < blocks; ++b)
-        if ((b & stride) == 0)
-          for (int j = 0; j < 4; ++j) pair(y[b][j], y[b + stride][j]);
+    between_blocks<1>(y);
     for (int b = 0; b < blocks; ++b)
-      for (int j = 0; j < 4; ++j) y[b][j] = mul_rn(y[b][j], hadamard_scale(channels));
+      for (int j = 0; j < 4; ++j) y[b][j] = mul_rn(y[b][j], hadamard_scale(hadamard_block(dim)));
   }
   /// f(bits, first word of the plane, lowest bit in the code) of the planes of block Block, as integral constants.
   template <int Block, class F>
