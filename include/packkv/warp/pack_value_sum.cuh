@@ -41,7 +41,7 @@ class pack_value_sum {
   /// of the tile before. All lanes take part, here and below.
   __device__ void weigh(const float (&w)[2][Rows], const pack_step (&step)[2], bool integer_zero, int rows) {
     using namespace packkv::detail;
-    float product[2][Rows];
+    float product[2][Rows] = {};
     int needed[Rows];
     bool grows = tiles_ == most_tiles;
 #pragma unroll
