@@ -23,8 +23,9 @@ PACKKV_HOST_DEVICE inline std::uint32_t rounded_mean(std::uint32_t sum, std::uin
   return q + (twice > n || (twice == n && (q & 1u) != 0) ? 1u : 0u);
 }
 
-/// The same for sum < 2^14, n of at most 64 tokens and reciprocal = mean_reciprocal(n), without a division.
+/// What rounded_mean takes instead of a division.
 PACKKV_HOST_DEVICE constexpr std::uint32_t mean_reciprocal(std::uint32_t n) { return 0xffffffffu / (2 * n) + 1; }
+/// The same for sum < 2^14, n of at most 64 tokens and reciprocal = mean_reciprocal(n), without a division.
 PACKKV_HOST_DEVICE inline std::uint32_t rounded_mean(std::uint32_t sum, std::uint32_t n, std::uint32_t reciprocal) {
   // The reciprocal is 2^32 / 2n, rounded up, if 2n is no power of two and exact if it is; (2 sum + n) * 2n < 2^32, so
   // the error stays below one 2n-th.

@@ -51,6 +51,7 @@ PACKKV_HOST_DEVICE inline float decode_code(const pack_codec& codec, const pack_
 struct pack_affine {
   double scale = 0.0, offset = 0.0;
 };
+/// Of a group with that step.
 PACKKV_HOST_DEVICE inline pack_affine make_pack_affine(const pack_codec& codec, const pack_step& s) {
   if (!(s.scale > 0.0f)) return {0.0, static_cast<double>(s.low)};
   const double scale = static_cast<double>(s.scale);

@@ -33,6 +33,7 @@ PACKKV_HOST_DEVICE constexpr pack_shape make_pack_shape(int warp_bytes, int fixe
 
 /// Query rows of a KV head that one pass takes: 2 or 4; two where the sums of so many channels need the registers.
 PACKKV_HOST_DEVICE constexpr int pack_key_rows(std::int64_t rows) { return rows <= 2 ? 2 : 4; }
+/// The same of value_gemv.
 PACKKV_HOST_DEVICE constexpr int pack_value_rows(std::int64_t rows, int head_dim) {
   return rows <= 2 || head_dim > 128 ? 2 : 4;
 }

@@ -27,7 +27,7 @@ struct code_step {
   float offset;  ///< 0: every element is to be divided
 };
 
-inline constexpr float code_margin = 0x1p-14f;
+inline constexpr float code_margin = 0x1p-14f;  ///< of a code, for the approximate arithmetic
 inline constexpr std::uint32_t code_near = 8;  ///< 16 bits of fraction below it: too near to a boundary
 
 /// make_code_step where a shortcut does not decide: by make_pack_step and encode_code.

@@ -25,6 +25,7 @@ struct pack_group_codes {
   PACKKV_HOST_DEVICE static constexpr int byte_of(int slot) { return slot / 8 * 8 + slot % 2 * 4 + slot % 8 / 2; }
 };
 
+/// Finds and unpacks the packs of a tile, group by group.
 template <int HeadDim>
 class pack_codes {
  public:
