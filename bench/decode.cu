@@ -140,6 +140,14 @@ decode_case shape(const std::string& name, int batch, int kv_heads, int group, s
 
 constexpr std::int64_t kilo = 1024;
 
+template <int Bits>
+void add_unpack() {
+  add("unpack/key/" + std::to_string(Bits),
+      [] { return unpack::measure<unpack::key_in_place<Bits>, Bits>(*program.watch, program.sms); });
+  add("unpack/value/" + std::to_string(Bits),
+      [] { return unpack::measure<unpack::value_in_place<Bits>, Bits>(*program.watch, program.sms); });
+}
+
 void add_all() {
   const decode_case b1 = shape("b1_32x8_128k", 1, 8, 4, 128 * kilo), b8 = shape("b8_32x8_128k", 8, 8, 4, 128 * kilo),
                     b32 = shape("b32_32x8_32k", 32, 8, 4, 32 * kilo);
@@ -181,13 +189,10 @@ void add_all() {
             return gemv::measure<two_bit>(*program.watch, program.sms, {side, hidden / gemv::dim, tokens});
           });
     }
-  packkv::detail::for_constants<4>([](auto log2_bits) {
-    constexpr int bits = 1 << decltype(log2_bits)::value;
-    add("unpack/key/" + std::to_string(bits),
-        [] { return unpack::measure<unpack::key_in_place<bits>, bits>(*program.watch, program.sms); });
-    add("unpack/value/" + std::to_string(bits),
-        [] { return unpack::measure<unpack::value_in_place<bits>, bits>(*program.watch, program.sms); });
-  });
+  add_unpack<1>();
+  add_unpack<2>();
+  add_unpack<4>();
+  add_unpack<8>();
 }
 
 }  // namespace

@@ -181,9 +181,9 @@ __device__ inline token_place token_place_of(const side_args& s, const pages_vie
                                              std::uint32_t& flags) {
   if (slot < 0) return {nullptr, 0};
   const std::int64_t tile = slot / tile_tokens;
-  const bool small = tile < 0x7fffffff;  // a division of 32 bits takes a fifth of the time
+  const bool short_count = tile < 0x7fffffff;  // a division of 32 bits takes a fifth of the time
   const std::int64_t page =
-      small ? static_cast<std::int32_t>(tile) / pages.tiles_per_page : tile / pages.tiles_per_page;
+      short_count ? static_cast<std::int32_t>(tile) / pages.tiles_per_page : tile / pages.tiles_per_page;
   if (page >= pages.num_pages) {
     if (detail::lane_id() == 0) flags |= report_page_out_of_range;
     return {nullptr, 0};

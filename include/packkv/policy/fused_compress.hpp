@@ -2,7 +2,8 @@
 // How many warps the kernels of warp::tile_encoder have.
 #pragma once
 
-#include <packkv/core/config.hpp>
+#include <cstdint>
+#include <packkv/core/checked.hpp>
 
 namespace packkv::policy {
 

@@ -28,7 +28,7 @@ struct code_step {
 };
 
 inline constexpr float code_margin = 0x1p-14f;  ///< of a code, for the approximate arithmetic
-inline constexpr std::uint32_t code_near = 8;  ///< 16 bits of fraction below it: too near to a boundary
+inline constexpr std::uint32_t code_near = 8;   ///< 16 bits of fraction below it: too close to a boundary
 
 /// make_code_step where a shortcut does not decide: by make_pack_step and encode_code.
 template <bool BFloat>
@@ -87,10 +87,10 @@ __device__ inline packkv::detail::bytes8 divided_codes(const pack_codec& codec, 
   return codes;
 }
 
-/// Codes of eight elements of a group, in order, unless they are `near` a boundary and to be divided.
+/// Codes of eight elements of a group, in order, unless they are `close` a boundary and to be divided.
 template <bool BFloat>
 __device__ inline packkv::detail::bytes8 codes_of(const code_step& step, const packkv::detail::bytes16& elements,
-                                                  bool& near) {
+                                                  bool& close) {
   using namespace packkv::detail;
   float x[8];
 #pragma unroll
@@ -112,7 +112,7 @@ __device__ inline packkv::detail::bytes8 codes_of(const code_step& step, const p
     codes.word[i] = select_bytes(select_bytes(sum[0], sum[1], 0x0062), select_bytes(sum[2], sum[3], 0x0062), 0x5410);
     fraction = min_pairs(fraction, select_bytes(sum[0], sum[1], 0x5410), select_bytes(sum[2], sum[3], 0x5410));
   }
-  near = min_of(fraction & 0xffffu, fraction >> 16) < code_near || step.offset == 0.0f;
+  close = min_of(fraction & 0xffffu, fraction >> 16) < code_near || step.offset == 0.0f;
   return codes;
 }
 

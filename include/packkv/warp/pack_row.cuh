@@ -99,10 +99,10 @@ class pack_chunk {
   __device__ void codes(const elements& x, const pack_range& range, const thread::code_step& step,
                         Visit&& visit) const {
     const std::uint32_t bits = range.low | std::uint32_t{range.high} << 16, ranges[] = {bits, bits, bits, bits};
-    unsigned near = 0;
+    unsigned close = 0;
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k) visit_load(x, k, step, near, visit);
-    divide(near, x, ranges, visit);
+    for (int k = 0; k < pack_row_shape::loads; ++k) visit_load(x, k, step, close, visit);
+    divide(close, x, ranges, visit);
   }
 
   /// The same with a range for each head, which goes to `ranges` [head][64] at `slot` unless null. A lane makes the
@@ -119,15 +119,15 @@ class pack_chunk {
     if (ranges != nullptr && exists && lane_id() - group < pack_row_shape::loads && (own & shape_.load_bits) == 0)
       store_range(ranges + (first_head_ + shape_.head(own, lane_id())) * tile_tokens + slot, range);
     std::uint32_t range_bits[pack_row_shape::loads];
-    unsigned near = 0;
+    unsigned close = 0;
 #pragma unroll
     for (int k = 0; k < pack_row_shape::loads; ++k) {
       const thread::code_step s{shuffle(step.before, group + k), shuffle(step.inverse, group + k),
                                 shuffle(step.offset, group + k)};
       range_bits[k] = shuffle(range.low | std::uint32_t{range.high} << 16, group + k);
-      visit_load(x, k, s, near, visit);
+      visit_load(x, k, s, close, visit);
     }
-    divide(near, x, range_bits, visit);
+    divide(close, x, range_bits, visit);
   }
 
   /// Smallest element in the low half, and the largest with its sign changed in the high one, so that both are minima.
@@ -138,21 +138,21 @@ class pack_chunk {
   __device__ int channel(int load) const { return shape_.channel(load, packkv::detail::lane_id()); }
 
   template <class Visit>
-  __device__ void visit_load(const elements& x, int k, const thread::code_step& step, unsigned& near,
+  __device__ void visit_load(const elements& x, int k, const thread::code_step& step, unsigned& close,
                              Visit& visit) const {
     if (!loaded_[k]) return;
     bool divided;
     const packkv::detail::bytes8 codes = thread::codes_of<BFloat>(step, x[k], divided);
     visit(k, head(k), channel(k), codes);
-    if (divided) near |= 1u << k;
+    if (divided) close |= 1u << k;
   }
-  /// Visits the loads of `near` again: rare, and one piece of code for all.
+  /// Visits the loads of `close` again: rare, and one piece of code for all.
   template <class Visit>
-  __device__ void divide(unsigned near, const elements& x, const std::uint32_t (&ranges)[pack_row_shape::loads],
+  __device__ void divide(unsigned close, const elements& x, const std::uint32_t (&ranges)[pack_row_shape::loads],
                          Visit& visit) const {
 #pragma unroll 1
-    for (; near != 0; near &= near - 1) {
-      const int k = __ffs(static_cast<int>(near)) - 1;
+    for (; close != 0; close &= close - 1) {
+      const int k = __ffs(static_cast<int>(close)) - 1;
       packkv::detail::bytes16 chosen = x[0];
       std::uint32_t bits = ranges[0];
 #pragma unroll

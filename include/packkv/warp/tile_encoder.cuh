@@ -162,10 +162,10 @@ class tile_encoder {
     return static_cast<int>(element * (1 << fraction_bits(width)) / (1 << 24)) + 1 + 4;
   }
   PACKKV_HOST_DEVICE static constexpr int widest_margin() {
-    int margin = 0;
+    int most = 0;
     for (int i = 0; i < strips.count; ++i)
-      if (strips.width[i] > 0) margin = max_of(margin, margin_of(strips.width[i]));
-    return margin;
+      if (strips.width[i] > 0) most = max_of(most, margin_of(strips.width[i]));
+    return most;
   }
   static constexpr int margin = widest_margin();
   static constexpr float lowest = 8388608.0f + 2 * margin + 1, highest = 16777215.0f;
