@@ -39,7 +39,7 @@ if(TARGET CUDA::nvrtc)
   endforeach()
   list(TRANSFORM folders PREPEND "-I")
   add_test(NAME compile.nvrtc COMMAND packkv_nvrtc "${CMAKE_CURRENT_BINARY_DIR}/nvrtc.cu"
-    -std=c++17 -arch=sm_90a -default-device ${folders})
+    -std=c++17 -arch=sm_90a -default-device -device-int128 ${folders})
 else()
   packkv_skipped_test(compile.nvrtc "no CUDA toolkit with NVRTC")
 endif()

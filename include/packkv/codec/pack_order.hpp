@@ -12,7 +12,11 @@ namespace packkv {
 /// 2^42. A token of zeros has cosine 0.
 PACKKV_HOST_DEVICE inline bool greater_cosine(std::uint64_t dot_a, std::uint64_t norm_a, std::uint64_t dot_b,
                                               std::uint64_t norm_b) {
+#if defined(__CUDACC_RTC__)
+  using wide = unsigned __int128;
+#else
   __extension__ typedef unsigned __int128 wide;
+#endif
   return static_cast<wide>(dot_a) * dot_a * (norm_b == 0 ? 1 : norm_b) >
          static_cast<wide>(dot_b) * dot_b * (norm_a == 0 ? 1 : norm_a);
 }
