@@ -137,6 +137,7 @@ inline void find_basis(const samples& tokens, const input_view<3>& queries, floa
   for (int i = 0; i < n; ++i)
     for (int c = 0; c < n; ++c) {
       basis[i * n + c] = static_cast<float>(decoding(i, c));
+      // Calibration refuses null arrays. NOLINTNEXTLINE(clang-analyzer-core.NullDereference)
       basis_inverse[c * n + i] = static_cast<float>(coding(i, c));
     }
 }
