@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <type_traits>
 
-#include "../support/catch.hpp"
-#include "test_cache.hpp"
+#include "stored_tokens.hpp"
 
 using namespace packkv_test;
 
@@ -44,26 +43,7 @@ TEST_CASE("tokens stored one by one in random order give the reference's bytes")
       cache_shape shape = random_shape(random, 130);
       shape.batch = 1;
       test_cache cache(random, shape, format);
-      const std::int64_t page_tokens = 64 * shape.tiles_per_page;
-      // Slots in random order; every fifth token is first stored with another token's data, then overwritten.
-      std::vector<std::int64_t> slots;
-      for (int t = 0; t < shape.max_tokens; ++t)
-        slots.push_back(random.one_in(7)
-                            ? -1
-                            : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
-      slots[0] = static_cast<std::int64_t>(cache.host_pages().num_pages) * page_tokens;  // beyond the pages
-      std::vector<std::int64_t> wrong_first(slots);
-      for (std::size_t t = 1; t + 1 < slots.size(); t += 5) std::swap(wrong_first[t], wrong_first[t + 1]);
-      for (const auto& order : {wrong_first, slots}) {
-        const device_array<std::int64_t> device_slots(order);
-        REQUIRE(pk::reference::store_tokens(one_by_one(cache.keys.host()), one_by_one(cache.values.host()),
-                                            order.data(), cache.host_parameters(), cache.host_pages(), cache.report));
-        REQUIRE(pk::store_tokens(one_by_one(cache.keys.device()), one_by_one(cache.values.device()),
-                                 device_slots.data(), cache.gpu_parameters(), cache.gpu_pages(), cache.exec()));
-        CHECK((cache.device_pages.host() == cache.pages));
-      }
-      CHECK(same_report(cache.gpu_report(), cache.report));
-      CHECK((cache.report.flags & pk::report_page_out_of_range) != 0);
+      check_stored_tokens(random, cache);
     });
   }
 }

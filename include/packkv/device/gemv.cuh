@@ -200,18 +200,19 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, queries, scores, params.key, scale, e, args); !s) return s;
     return detail::launch_key_gemv<Format, warp::copy_engine::best, 0>(args, e);
+  } else {
+    const std::int64_t group = queries.extent[1] / cache.pages.kv_heads;
+    const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, 0);
+    if (grid.units == 0 || !(checked(grid.units) * grid.splits).valid() || grid.units * grid.splits > detail::max_count)
+      return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
+    kernel::gemv_args args = detail::make_gemv_args<Format>(cache, queries, scores, grid, exec{});
+    args.spec = params.format.key();
+    args.parameters = params.key;
+    args.scale = scale;
+    args.report = e.report;
+    return detail::launch(kernel::key_gemv<Format::key_head_dim>, detail::grid_for(grid.units * grid.splits),
+                          policy::decode_warps * 32, e.stream, args);
   }
-  const std::int64_t group = queries.extent[1] / cache.pages.kv_heads;
-  const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, 0);
-  if (grid.units == 0 || !(checked(grid.units) * grid.splits).valid() || grid.units * grid.splits > detail::max_count)
-    return refuse(status_code::overflow, "more than 2^31 - 1 blocks: cut the call into smaller batches");
-  kernel::gemv_args args = detail::make_gemv_args<Format>(cache, queries, scores, grid, exec{});
-  args.spec = params.format.key();
-  args.parameters = params.key;
-  args.scale = scale;
-  args.report = e.report;
-  return detail::launch(kernel::key_gemv<Format::key_head_dim>, detail::grid_for(grid.units * grid.splits),
-                        policy::decode_warps * 32, e.stream, args);
 }
 
 /// Bytes of workspace of value_gemv for every call within the maxima (max_query_len does not count), whichever kernel
@@ -237,9 +238,9 @@ std::int64_t value_gemv_workspace_bytes(const decode_maxima& m) {
 /// the same number of splits. \param e workspace of value_gemv_workspace_bytes(maxima), initialised once. \remark
 /// Formats whose codes are known at compile time have a kernel with matrix instructions, for up to 16 query heads per
 /// KV head in one pass over the cache (8 for D_v = 512). Weights may have any size and sign: each weight times row
-/// scale (grouped values: times half a range) is rounded to a half relative to a power of two of its row, so that it is off by at most 2^-11 of itself or
-/// 2^-22 of the largest of its row so far, whichever is more; sums are float32, before the inverse transform. A weight
-/// that is not finite makes its row not finite.
+/// scale (grouped values: times half a range) is rounded to a half relative to a power of two of its row, so that it is
+/// off by at most 2^-11 of itself or 2^-22 of the largest of its row so far, whichever is more; sums are float32,
+/// before the inverse transform. A weight that is not finite makes its row not finite.
 template <class Format>
 status value_gemv(const input_view<3>& weights, const cache_view& cache, const parameters<Format>& params,
                   const output_view<3>& out, const exec& e, std::int32_t splits = 0) {
@@ -251,15 +252,16 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, weights, out, params.value, 1.0f, e, args); !s) return s;
     return detail::launch_value_gemv<Format, warp::copy_engine::best, 0>(args, e, splits);
+  } else {
+    const std::int64_t group = weights.extent[1] / cache.pages.kv_heads;
+    const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, splits);
+    if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;
+    kernel::gemv_args args = detail::make_gemv_args<Format>(cache, weights, out, grid, e);
+    args.spec = params.format.value();
+    args.parameters = params.value;
+    return detail::launch(kernel::value_gemv<Format::value_head_dim>, detail::grid_for(grid.units * grid.splits),
+                          policy::decode_warps * 32, e.stream, args);
   }
-  const std::int64_t group = weights.extent[1] / cache.pages.kv_heads;
-  const auto grid = policy::make_decode_grid(cache.batch, cache.pages.kv_heads, group, cache.max_seq_len, splits);
-  if (const status s = detail::check_grid<Format::value_head_dim>(grid, e); !s) return s;
-  kernel::gemv_args args = detail::make_gemv_args<Format>(cache, weights, out, grid, e);
-  args.spec = params.format.value();
-  args.parameters = params.value;
-  return detail::launch(kernel::value_gemv<Format::value_head_dim>, detail::grid_for(grid.units * grid.splits),
-                        policy::decode_warps * 32, e.stream, args);
 }
 
 /// Merges n attention results over disjoint tokens into one, in stream order.

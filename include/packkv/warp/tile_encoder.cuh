@@ -4,7 +4,9 @@
 // Hadamard (or identity) matrix of 16 channels brings elements to the lanes that own their bits; one multiply-add makes
 // each a fixed-point number whose top bits are the code. A token with an element too near to a border of its cell, or a
 // scale too near to a border of half's grid, is coded again in the arithmetic of the definition (warp::exact_tokens).
-//   warp::tile_encoder<Codec, false> encoder;   encoder.encode(head, count, token, tile, flags, clamps);
+// Such tokens are listed and coded together.
+//   using encoder_type = warp::tile_encoder<Codec, false>;   encoder_type encoder(storage);
+//   for (...) encoder.encode(encoder_type::make_tokens(count, at), tile, flags);   encoder.finish(flags);
 #pragma once
 
 #include <packkv/detail/approx.cuh>
@@ -35,10 +37,11 @@ struct encoder_bounds {
   PACKKV_HOST_DEVICE constexpr int scale() const { return (dim / 16 + 4 + 2 * (log2_block() + 1) + 1) / 2 + 4; }
   /// Of a transformed element, in root mean squares of its token: a norm is at most sqrt(D) of these. A product of
   /// depth 16 is within 16 units of its largest term (instruction::mma_16bit), n / 16 of which add up to sqrt(n / 16)
-  /// norms, before the division by sqrt(n): 4 units. Each butterfly stage, here log2(n / 16), in the definition
-  /// log2(n), and the division add a unit of the norm.
+  /// norms, before the division by sqrt(n): 4 units. Each butterfly stage, here log2(n) - 4, in the definition
+  /// log2(n), and the definition's division add a unit of the norm.
   PACKKV_HOST_DEVICE constexpr int element() const {
-    return block == 1 ? 0 : root_dim() * (4 + 2 * log2_block() - 4 + 1);
+    const int here = 4 + log2_block() - 4, definition = log2_block() + 1;
+    return block == 1 ? 0 : root_dim() * (here + definition);
   }
 };
 
@@ -62,7 +65,7 @@ class tile_encoder {
 
  public:
   static constexpr int dim = Codec::head_dim;
-  static constexpr int list_size = 128;  ///< of tokens to be coded again, by which it is at least a tile
+  static constexpr int list_size = 128;  ///< tokens to be coded again: at least those of a tile
   /// Of a warp, in shared memory.
   struct temp_storage {
     const void* token[list_size];
@@ -367,7 +370,6 @@ class tile_encoder {
   temp_storage& storage_;
   const int lane_;
   int listed_ = 0;
-  elements x_;            ///< to be multiplied next
   std::uint32_t mix_[4];  ///< K: operand B of two column tiles; V: operand A
 };
 
