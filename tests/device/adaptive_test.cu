@@ -70,8 +70,11 @@ struct coded_side {
     device_array<std::int64_t> out_offsets(offsets.size());
     out.poison();
     device_reporter reporter;
-    REQUIRE(pk::encode_adaptive<HeadDim>(spec, sequence(x.device()), recent, out.data(), layout.max_bytes,
-                                         out_offsets.data(), reporter.exec()));
+    const auto call = [&] {
+      return pk::encode_adaptive<HeadDim>(spec, sequence(x.device()), recent, out.data(), layout.max_bytes,
+                                          out_offsets.data(), reporter.exec());
+    };
+    REQUIRE((HeadDim == 64 ? after_failures(call) : call()));  // several launches, again and again: small calls alone
     CHECK((out_offsets.host() == offsets));
     std::vector<std::uint8_t> expected = used();
     expected.resize(static_cast<std::size_t>(layout.max_bytes), 0xff);  // nothing behind the last tile is touched
@@ -169,7 +172,8 @@ TEST_CASE("strip-adaptive tiles are decoded on the device to the reference's bit
       tensor_output expected(static_cast<pk::dtype>(random.between(0, 2)), side.x.heads, side.x.tokens, dim);
       REQUIRE(pk::reference::decode_adaptive(side.spec, side.bytes.data(), side.offsets.back(), side.offsets.data(),
                                              side.recent, expected.host(), side.x.type));
-      REQUIRE(pk::decode_adaptive<decltype(dim)::value>(side.gpu(), expected.device(), pk::exec{}));
+      REQUIRE(after_failures(
+          [&] { return pk::decode_adaptive<decltype(dim)::value>(side.gpu(), expected.device(), pk::exec{}); }));
       CHECK((expected.device_bytes.host() == expected.host_bytes));
     });
   }

@@ -156,10 +156,12 @@ struct decode_problem {
     pk::exec e = cache.exec();
     e.workspace = workspace.data();
     e.workspace_bytes = workspace.size();
-    pk::status s = pk::initialize_workspace(e);
+    pk::status s = after_failures([&] { return pk::initialize_workspace(e); });
     if (s)
-      s = call(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(), out_view(out.data()),
-               lse_view(lse.data()), with_arrays(true), e);
+      s = cache.after_failures([&] {
+        return call(query_view(true), device_query_start.data(), view(true), cache.gpu_parameters(),
+                    out_view(out.data()), lse_view(lse.data()), with_arrays(true), e);
+      });
     if (!s) throw std::runtime_error(s.message);
     const auto bytes = workspace.host();
     for (std::int64_t i = 0; i < pk::detail::workspace_counter_bytes; ++i)

@@ -137,7 +137,7 @@ struct gemvs {
     pk::exec e = cache.exec();
     e.workspace = workspace.data();
     e.workspace_bytes = workspace.size();
-    REQUIRE(pk::initialize_workspace(e));
+    REQUIRE(after_failures([&] { return pk::initialize_workspace(e); }));
     return e;
   }
   /// `got` on the device against `expected` on the host, and nothing between their elements.
@@ -153,7 +153,8 @@ struct gemvs {
     const pk::output_view<3> to = scores.device_out();
     const pk::input_view<3> in = queries.device_in();
     if constexpr (SharedKib == 0) {
-      REQUIRE(pk::key_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), scale, to, cache.exec()));
+      REQUIRE(cache.after_failures(
+          [&] { return pk::key_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), scale, to, cache.exec()); }));
     } else {
       pk::kernel::fused_gemv_args args{};
       REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().key, scale,
@@ -170,7 +171,8 @@ struct gemvs {
     const pk::input_view<3> in = weights.device_in();
     const pk::exec e = exec(splits);
     if constexpr (SharedKib == 0) {
-      REQUIRE(pk::value_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), to, e, splits));
+      REQUIRE(cache.after_failures(
+          [&] { return pk::value_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), to, e, splits); }));
     } else {
       pk::kernel::fused_gemv_args args{};
       REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().value, 1.0f, e, args));

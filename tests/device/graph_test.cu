@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What only a real device can show: CUDA graphs, several streams, failing launches.
 #if !defined(PACKKV_SIMT_EXECUTOR)
-#include "../support/catch.hpp"
-#include "test_cache.hpp"
+#include <cstdio>
+#include <memory>
+#include <thread>
+
+#include "decode_problem.hpp"
 
 using namespace packkv_test;
 
@@ -11,7 +14,193 @@ namespace {
 using format = pk::cache_format<pk::key_codec<128, pk::hadamard, pk::rms_scale, pk::plan<4, 3, 2, 2>>,
                                 pk::value_codec<128, pk::hadamard, pk::rms_scale, pk::plan<3, 3, 2, 2, 2, 2, 2, 1>>>;
 
+/// A cache and the calls on it in one stream, with memory of their own.
+class stream_job {
+ public:
+  explicit stream_job(std::uint64_t seed)
+      : random_(seed), cache_(random_, drawn_shape(), format{}), problem_(random_, cache_, random_.between(1, 6)) {
+    check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    cache_.fill();
+    const auto batch = static_cast<std::size_t>(cache_.shape.batch), heads = static_cast<std::size_t>(problem_.heads()),
+               tokens = static_cast<std::size_t>(cache_.shape.max_tokens);
+    out_ = device_array<float>(static_cast<std::size_t>(problem_.tokens) * heads * 128);
+    lse_ = device_array<float>(static_cast<std::size_t>(problem_.tokens) * heads);
+    scores_ = device_array<float>(batch * heads * tokens);
+    sums_ = device_array<float>(batch * heads * 128);
+    one_query_ = tensor_data(random_, pk::dtype::float16, 1, cache_.shape.batch, problem_.heads(), 128);
+    weights_ =
+        tensor_data(random_, pk::dtype::float16, 1, cache_.shape.batch, problem_.heads(), cache_.shape.max_tokens);
+    workspace_ = device_array<std::uint8_t>(static_cast<std::size_t>(
+        std::max(problem_.workspace_bytes(),
+                 pk::value_gemv_workspace_bytes<format>(
+                     {cache_.shape.batch, cache_.shape.kv_heads, problem_.heads(), 1, cache_.shape.max_tokens, 0}))));
+    if (const pk::status s = pk::initialize_workspace(exec()); !s) throw std::runtime_error(s.message);
+    forget();
+  }
+  stream_job(const stream_job&) = delete;
+  ~stream_job() { (void)cudaStreamDestroy(stream_); }
+
+  /// Enqueues everything: pages from 16 bits, attention, GEMVs. Nothing here may wait.
+  pk::status enqueue() {
+    const pk::exec e = exec();
+    const std::int64_t batch = cache_.shape.batch, heads = problem_.heads(), tokens = cache_.shape.max_tokens;
+    pk::status s = pk::compress(cache_.keys.device(), cache_.values.device(), cache_.device_lengths.data(),
+                                cache_.gpu_parameters(), cache_.gpu_pages(), cache_.gpu_table(), e);
+    if (s)
+      s = pk::decode_attention(problem_.query_view(true), problem_.device_query_start.data(), problem_.view(true),
+                               cache_.gpu_parameters(), problem_.out_view(out_.data()), problem_.lse_view(lse_.data()),
+                               problem_.with_arrays(true), e);
+    if (s)
+      s = pk::key_gemv(rows(one_query_), cache_.gpu_cache(), cache_.gpu_parameters(), 0.1f,
+                       pk::make_output(scores_.data(), pk::dtype::float32, {batch, heads, tokens}), e);
+    if (s)
+      s = pk::value_gemv(rows(weights_), cache_.gpu_cache(), cache_.gpu_parameters(),
+                         pk::make_output(sums_.data(), pk::dtype::float32, {batch, heads, 128}), e);
+    return s;
+  }
+  /// Pages and outputs as if nothing had been computed.
+  void forget() {
+    cache_.device_pages.poison();
+    for (device_array<float>* x : {&out_, &lse_, &scores_, &sums_}) x->poison();
+    check_cuda(cudaDeviceSynchronize());
+  }
+  /// What has been computed so far, bit for bit.
+  std::vector<std::uint8_t> bits() const {
+    std::vector<std::uint8_t> all;
+    for (const device_array<float>* x : {&out_, &lse_, &scores_, &sums_}) {
+      const std::vector<float> host = x->host();
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(host.data());
+      all.insert(all.end(), bytes, bytes + 4 * host.size());
+    }
+    return all;
+  }
+  bool pages_are_the_references() { return cache_.device_pages.host() == cache_.pages; }
+
+ private:
+  cache_shape drawn_shape() {
+    cache_shape s = random_shape(random_, most_tokens);
+    s.batch += 2;
+    return s;
+  }
+  pk::exec exec() { return {stream_, workspace_.data(), workspace_.size(), cache_.device_report.data()}; }
+  static pk::input_view<3> rows(const tensor_data& x) {
+    const auto v = x.device();
+    pk::input_view<3> y;
+    y.data = v.data;
+    y.type = v.type;
+    for (int i = 0; i < 3; ++i) {
+      y.extent[i] = v.extent[i + 1];
+      y.stride[i] = v.stride[i + 1];
+    }
+    return y;
+  }
+
+  random_source random_;
+  test_cache<format> cache_;
+  decode_problem<format> problem_;
+  cudaStream_t stream_ = nullptr;
+  tensor_data one_query_, weights_;
+  device_array<float> out_, lse_, scores_, sums_;
+  device_array<std::uint8_t> workspace_;
+};
+
 }  // namespace
+
+TEST_CASE("sixteen streams, from one thread and from sixteen, give the bits of one after the other") {
+  constexpr int streams = 16;
+  const int rounds = small_tests ? 4 : 50;
+  std::vector<std::unique_ptr<stream_job>> jobs;
+  std::vector<std::vector<std::uint8_t>> expected;
+  for (int i = 0; i < streams; ++i) {
+    jobs.push_back(std::make_unique<stream_job>(3100 + static_cast<std::uint64_t>(i)));
+    REQUIRE(jobs.back()->enqueue());
+    expected.push_back(jobs.back()->bits());
+    CHECK(jobs.back()->pages_are_the_references());
+    jobs.back()->forget();
+  }
+  const auto check = [&] {
+    for (std::size_t i = 0; i < streams; ++i) {
+      CHECK((jobs[i]->bits() == expected[i]));
+      CHECK(jobs[i]->pages_are_the_references());
+      jobs[i]->forget();
+    }
+  };
+  int refused = 0;
+  for (int round = 0; round < rounds; ++round)
+    for (auto& job : jobs) refused += !job->enqueue();
+  check();
+
+  std::vector<int> refused_by(streams);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < streams; ++i)
+    threads.emplace_back([&, i] {
+      for (int round = 0; round < rounds; ++round) refused_by[i] += !jobs[i]->enqueue();
+    });
+  for (auto& thread : threads) thread.join();
+  for (const int n : refused_by) refused += n;
+  check();
+  CHECK(refused == 0);
+  std::printf("RECORD: %d streams, %d rounds from one thread and %d from as many\n", streams, rounds, rounds);
+}
+
+TEST_CASE("a thousand replays of a graph, with other lengths and pages each time, give the bits of direct calls") {
+  random_source random(17);
+  constexpr int batch = 3, kv_heads = 2, group = 4, tokens = 700, replays = 1000;
+  test_cache cache(random, cache_shape{batch, kv_heads, tokens, 1, pk::dtype::float16}, format{});
+  cache.fill();
+  const std::int64_t heads = kv_heads * group;
+  const tensor_data queries(random, pk::dtype::float16, 1, batch, heads, 128);
+  pk::input_view<3> q = one_by_one(queries.device());
+  q.extent[0] = batch;
+  q.extent[1] = heads;
+  std::swap(q.stride[0], q.stride[1]);
+  const device_array<std::int32_t> query_start(std::vector<std::int32_t>{0, 1, 2, 3});
+  const std::vector<std::int32_t> ids = cache.table;
+  const auto count = static_cast<std::size_t>(batch * heads * 128);
+  device_array<float> out(count), direct(count);
+  pk::attention_options options;
+  options.softmax_scale = 0.09f;
+  device_array<std::uint8_t> workspace(
+      static_cast<std::size_t>(pk::decode_workspace_bytes<format>({batch, kv_heads, heads, 1, tokens, 0})));
+  cudaStream_t stream;
+  check_cuda(cudaStreamCreate(&stream));
+  const pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
+  REQUIRE(pk::initialize_workspace(e));
+  const auto call = [&](float* to) {
+    return pk::decode_attention(q, query_start.data(), cache.gpu_cache(), cache.gpu_parameters(),
+                                pk::make_output(to, pk::dtype::float32, {batch, heads, 128}), {}, options, e);
+  };
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  REQUIRE(call(out.data()));
+  check_cuda(cudaStreamEndCapture(stream, &graph));
+  check_cuda(cudaGraphInstantiate(&replay, graph, 0));
+  const int most = small_tests ? 50 : replays;
+  int different = 0, empty = 0;
+  for (int i = 0; i < most; ++i) {
+    for (auto& length : cache.lengths) {
+      length = random.one_in(8) ? 0 : random.between(1, tokens);
+      empty += length == 0;
+    }
+    for (auto& id : cache.table)
+      id = ids[static_cast<std::size_t>(random.between(0, static_cast<int>(ids.size()) - 1))];
+    cache.device_lengths.assign(cache.lengths);
+    cache.device_table.assign(cache.table);
+    out.poison();
+    check_cuda(cudaGraphLaunch(replay, stream));
+    REQUIRE(call(direct.data()));
+    const std::vector<float> a = out.host(), b = direct.host();
+    different += std::memcmp(a.data(), b.data(), 4 * count) != 0;
+  }
+  CHECK(different == 0);
+  CHECK(empty > 0);
+  CHECK(cache.gpu_report().flags == 0);
+  std::printf("RECORD: %d replays with other lengths and pages each time\n", most);
+  check_cuda(cudaGraphExecDestroy(replay));
+  check_cuda(cudaGraphDestroy(graph));
+  check_cuda(cudaStreamDestroy(stream));
+}
 
 TEST_CASE("a captured decode step stores a token and attends, with lengths that change between replays") {
   random_source random(3);

@@ -9,9 +9,10 @@ using namespace packkv_test;
 namespace {
 
 #if defined(PACKKV_SIMT_EXECUTOR)
-constexpr int copies = 3;                              ///< of each page of the long context
+constexpr int copies = 3, heads_in_memory = 2, pages_in_memory = 5;
 constexpr std::int64_t apart = std::int64_t{1} << 18;  ///< bytes between pages
 #else
+constexpr int heads_in_memory = 8, pages_in_memory = 61;
 constexpr int copies = 538;  ///< 2,100,352 tokens x 8 heads x 128 channels = 2,150,760,448 elements
 constexpr std::int64_t apart = std::int64_t{64} << 20;
 #endif
@@ -49,6 +50,108 @@ TEST_CASE("fused decode over more than 2^31 elements: a context that repeats its
       });
   check_rows<two_bit>(got, expected);
   CHECK(cache.gpu_report().flags == 0);
+}
+
+TEST_CASE("more than 2^31 elements, all of them in memory, are coded, attended to and decoded") {
+  constexpr int distinct = pages_in_memory, kv_heads = heads_in_memory, group = 4, period = 64 * distinct;
+  constexpr std::int64_t tokens = std::int64_t{period} * copies, elements = tokens * kv_heads * 128;
+  constexpr std::int64_t tile_bytes = two_bit::key_tile_bytes, page_bytes = kv_heads * tile_bytes;
+  static_assert(two_bit::value_tile_bytes == tile_bytes, "one size of tiles for both sides");
+  random_source random(9702);
+  test_cache<two_bit> cache(random, cache_shape{1, kv_heads, period, 1, pk::dtype::float16}, two_bit{});
+  auto problem = plain_problem(random, cache, group, 1);
+  auto expected = problem.reference();
+  for (float& lse : expected.lse) lse += static_cast<float>(std::log(static_cast<double>(copies)));
+
+  device_array<std::uint16_t> keys, values;
+  device_array<std::uint8_t> key_pool, value_pool;
+  try {
+    for (auto* x : {&keys, &values}) *x = device_array<std::uint16_t>(static_cast<std::size_t>(elements));
+    for (auto* x : {&key_pool, &value_pool})
+      *x = device_array<std::uint8_t>(static_cast<std::size_t>(tokens / 64 * page_bytes));
+  } catch (const std::runtime_error& error) {
+    (void)cudaGetLastError();
+    std::printf("SKIPPED: %lld elements of K and of V in 16 bits: %s\n", static_cast<long long>(elements),
+                error.what());
+    return;
+  }
+  // The cache's sequence again and again.
+  const auto place = [&](auto& x, std::int64_t h, std::int64_t copy) {
+    return x.data() + (h * tokens + copy * period) * 128;
+  };
+  for (std::int64_t h = 0; h < kv_heads; ++h)
+    for (std::int64_t copy = 0; copy < copies; ++copy)
+      for (const bool key : {true, false}) {
+        const auto from = (key ? cache.keys : cache.values).device();
+        check_cuda(cudaMemcpy2D(place(key ? keys : values, h, copy), 128 * 2, pk::detail::address(from, 0, h, 0, 0),
+                                static_cast<std::size_t>(from.stride[2]), 128 * 2, period, cudaMemcpyDeviceToDevice));
+      }
+  pk::pages_view pages;
+  pages.key_data = key_pool.data();
+  pages.value_data = value_pool.data();
+  pages.key_head_stride = pages.value_head_stride = tile_bytes;
+  pages.key_page_stride = pages.value_page_stride = page_bytes;
+  pages.num_pages = static_cast<std::int32_t>(tokens / 64);
+  pages.kv_heads = kv_heads;
+  pk::page_table contiguous;
+  contiguous.row_stride = tokens / 64;
+  const auto keys_in = pk::make_input(keys.data(), pk::dtype::float16, {1, kv_heads, tokens, 128}),
+             values_in = pk::make_input(values.data(), pk::dtype::float16, {1, kv_heads, tokens, 128});
+  REQUIRE(pk::compress(keys_in, values_in, nullptr, cache.gpu_parameters(), pages, contiguous, cache.exec()));
+
+  // Every tile is the reference's.
+  const pk::pages_view few = cache.host_pages();
+  const std::vector<std::uint8_t> all_keys = key_pool.host(), all_values = value_pool.host();
+  int different = 0;
+  for (std::int64_t p = 0; p < pages.num_pages; ++p)
+    for (int h = 0; h < kv_heads; ++h) {
+      const auto at = static_cast<std::size_t>(p * page_bytes + h * tile_bytes);
+      std::uint32_t flags = 0;
+      const std::int32_t id = pk::find_page(cache.host_table(), few.num_pages, 0, p % distinct, flags);
+      different += std::memcmp(all_keys.data() + at, pk::detail::key_tile(few, two_bit::key(), id, h, 0),
+                               static_cast<std::size_t>(tile_bytes)) != 0;
+      different += std::memcmp(all_values.data() + at, pk::detail::value_tile(few, two_bit::value(), id, h, 0),
+                               static_cast<std::size_t>(tile_bytes)) != 0;
+    }
+  CHECK(different == 0);
+
+  const device_array<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(tokens)});
+  const auto got =
+      problem.device([&](const auto& q, const std::int32_t* starts, pk::cache_view view, const auto& parameters,
+                         const auto& out, const auto& lse, const auto& options, const pk::exec& e) {
+        view.pages = pages;
+        view.table = contiguous;
+        view.seq_lens = length.data();
+        view.max_seq_len = static_cast<std::int32_t>(tokens);
+        return pk::decode_attention(q, starts, view, parameters, out, lse, options, e);
+      });
+  check_rows<two_bit>(got, expected);
+
+  // Decoded over what was coded: every copy is the reference's.
+  tensor_data k(random, pk::dtype::float16, 1, kv_heads, period, 128),
+      v(random, pk::dtype::float16, 1, kv_heads, period, 128);
+  REQUIRE(pk::reference::decompress(few, cache.host_table(), nullptr, cache.host_parameters(), as_output(k.host()),
+                                    as_output(v.host()), cache.report));
+  keys.poison();
+  values.poison();
+  REQUIRE(pk::decompress(pages, contiguous, nullptr, cache.gpu_parameters(), as_output(keys_in), as_output(values_in),
+                         cache.exec()));
+  std::vector<std::uint16_t> some(static_cast<std::size_t>(period) * 128);
+  different = 0;
+  for (std::int64_t h = 0; h < kv_heads; ++h)
+    for (std::int64_t copy = 0; copy < copies; ++copy)
+      for (const bool key : {true, false}) {
+        check_cuda(
+            cudaMemcpy(some.data(), place(key ? keys : values, h, copy), 2 * some.size(), cudaMemcpyDeviceToHost));
+        const auto one = (key ? k : v).host();
+        for (std::int64_t t = 0; t < period; ++t)
+          different += std::memcmp(some.data() + t * 128, pk::detail::address(one, 0, h, t, 0), 128 * 2) != 0;
+      }
+  CHECK(different == 0);
+  CHECK(cache.gpu_report().flags == 0);
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  std::printf("RECORD: %lld elements of K in memory, and as many of V\n", static_cast<long long>(elements));
+#endif
 }
 
 TEST_CASE("pages, scores and outputs beyond 2^32 bytes are read and written where they are") {

@@ -67,7 +67,7 @@ device_array<std::uint8_t> workspace_for(const pk::pack_format& f, std::int64_t 
       grid, pk::sequence_workspace_bytes<ValueDim>({f.batch, f.kv_heads, query_heads, queries, tokens, 0}));
   e.workspace = workspace.data();
   e.workspace_bytes = workspace.size();
-  require(pk::initialize_workspace(e));
+  require(after_failures([&] { return pk::initialize_workspace(e); }));
   return workspace;
 }
 
@@ -125,10 +125,14 @@ void check_batch(random_source& random, pack_case& c, int group, std::int64_t n)
       true_sums(dtype::float32, f.batch, heads, 1, ValueDim), true_out(dtype::float32, f.batch, heads, n, ValueDim),
       true_lse(dtype::float32, f.batch, heads, n, 1);
   const auto device = packs.view(), host = host_view(c);
-  REQUIRE(pk::key_gemv<KeyDim>(f, device, one_row(one.device()), scale, one_row(scores.device()), e));
-  REQUIRE(pk::value_gemv<ValueDim>(f, device, one_row(w.device()), one_row(sums.device()), e));
-  REQUIRE(pk::attention<KeyDim, ValueDim>(f, device, tail_of(c, c.keys.device()), tail_of(c, c.values.device()),
-                                          q.device(), scale, out.device(), one_column(lse.device()), e));
+  REQUIRE(after_failures(
+      [&] { return pk::key_gemv<KeyDim>(f, device, one_row(one.device()), scale, one_row(scores.device()), e); }));
+  REQUIRE(after_failures(
+      [&] { return pk::value_gemv<ValueDim>(f, device, one_row(w.device()), one_row(sums.device()), e); }));
+  REQUIRE(after_failures([&] {
+    return pk::attention<KeyDim, ValueDim>(f, device, tail_of(c, c.keys.device()), tail_of(c, c.values.device()),
+                                           q.device(), scale, out.device(), one_column(lse.device()), e);
+  }));
   CHECK(c.flags() == 0);
   REQUIRE(pk::reference::key_gemv(f, host, one_row(one.host()), scale, one_row(true_scores.host())));
   REQUIRE(pk::reference::value_gemv(f, host, one_row(w.host()), one_row(true_sums.host())));
@@ -324,7 +328,9 @@ TEST_CASE("packs are decompressed on the device to the reference's bits, and lat
     batch_output keys(type, f.batch, f.kv_heads, blocks * 64 + 2, dim::key, how),
         values(other, f.batch, f.kv_heads, blocks * 64 + random.between(0, 70), dim::value, walk::contiguous);
     REQUIRE(pk::reference::decompress(f, host_view(c), keys.host(), values.host()));
-    REQUIRE(pk::decompress<dim::key, dim::value>(f, packs.view(), keys.device(), values.device(), c.exec()));
+    REQUIRE(after_failures([&] {
+      return pk::decompress<dim::key, dim::value>(f, packs.view(), keys.device(), values.device(), c.exec());
+    }));
     CHECK((keys.device_bytes.host() == keys.host_bytes));
     CHECK((values.device_bytes.host() == values.host_bytes));
     CHECK(c.flags() == 0);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../support/random.hpp"
+#include "cuda_failures.hpp"
 #include "device_array.hpp"
 
 namespace packkv_test {

@@ -92,7 +92,7 @@ void check_gemvs(pack_case& c, const pk::packs_view& packs, int group, const bat
     return found;
   };
   batch_output k(dtype::float32, f.batch, f.kv_heads, tokens, Dim), v(dtype::float32, f.batch, f.kv_heads, tokens, Dim);
-  REQUIRE(pk::decompress<Dim, Dim>(f, packs, k.device(), v.device(), c.exec()));
+  REQUIRE(after_failures([&] { return pk::decompress<Dim, Dim>(f, packs, k.device(), v.device(), c.exec()); }));
   const std::uint32_t decompressed = flags();
   k.fetch(), v.fetch();
   batch_output scores(dtype::float32, f.batch, heads, 1, tokens), sums(dtype::float32, f.batch, heads, 1, Dim);
@@ -102,11 +102,11 @@ void check_gemvs(pack_case& c, const pk::packs_view& packs, int group, const bat
       grid, pk::sequence_workspace_bytes<Dim>({f.batch, f.kv_heads, heads, 1, std::max<std::int64_t>(tokens, 1), 0}));
   e.workspace = const_cast<std::uint8_t*>(workspace.data());
   e.workspace_bytes = workspace.size();
-  REQUIRE(pk::initialize_workspace(e));
+  REQUIRE(after_failures([&] { return pk::initialize_workspace(e); }));
   constexpr float scale = 0.125f;
-  REQUIRE(pk::key_gemv<Dim>(f, packs, q.device(), scale, one_row(scores.device()), e));
+  REQUIRE(after_failures([&] { return pk::key_gemv<Dim>(f, packs, q.device(), scale, one_row(scores.device()), e); }));
   std::uint32_t found = flags();
-  REQUIRE(pk::value_gemv<Dim>(f, packs, w.device(), one_row(sums.device()), e));
+  REQUIRE(after_failures([&] { return pk::value_gemv<Dim>(f, packs, w.device(), one_row(sums.device()), e); }));
   found |= flags();
   CHECK(found == decompressed);
   scores.fetch(), sums.fetch();

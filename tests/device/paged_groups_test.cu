@@ -65,8 +65,10 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
         return nan && t == 1 && c == 7 ? INFINITY : t == 2 ? x * 60000.0f : x;
       });
       REQUIRE(cache.compress_reference());
-      REQUIRE(pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
-                           cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec()));
+      REQUIRE(cache.after_failures([&] {
+        return pk::compress(cache.keys.device(), cache.values.device(), cache.device_lengths.data(),
+                            cache.gpu_parameters(), cache.gpu_pages(), cache.gpu_table(), cache.exec());
+      }));
       CHECK((cache.device_pages.host() == cache.pages));
       CHECK(cache.gpu_report().flags == cache.report.flags);
       if (nan && *std::max_element(cache.lengths.begin(), cache.lengths.end()) > 3)
@@ -76,8 +78,10 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
                     format.key_head_dim);
       tensor_data v(random, pk::dtype::bfloat16, cache.shape.batch, cache.shape.kv_heads, cache.shape.max_tokens,
                     format.value_head_dim);
-      REQUIRE(pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
-                             as_output(k.device()), as_output(v.device()), cache.exec()));
+      REQUIRE(cache.after_failures([&] {
+        return pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
+                              as_output(k.device()), as_output(v.device()), cache.exec());
+      }));
       REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
                                         cache.host_parameters(), as_output(k.host()), as_output(v.host()),
                                         cache.report));
@@ -167,8 +171,10 @@ TEST_CASE("store_tiles gives the bytes of compress, from a ring as well, and rep
         const auto n = static_cast<std::int64_t>(all.size());
         REQUIRE(pk::reference::store_tiles(k.host(), v.host(), all.data(), n, cache.host_parameters(),
                                            cache.host_pages(), report));
-        REQUIRE(pk::store_tiles(k.device(), v.device(), device_moves.data(), n, cache.gpu_parameters(),
-                                cache.gpu_pages(), cache.exec()));
+        REQUIRE(cache.after_failures([&] {
+          return pk::store_tiles(k.device(), v.device(), device_moves.data(), n, cache.gpu_parameters(),
+                                 cache.gpu_pages(), cache.exec());
+        }));
         CHECK((cache.pages == compressed));
         CHECK((cache.device_pages.host() == compressed));
         CHECK(report.flags == expected);
@@ -259,13 +265,17 @@ TEST_CASE("grouped pages: GEMVs of formats known at run time agree with the refe
     device_array<float> device_scores(scores.size()), device_sums(sums.size());
     REQUIRE(pk::reference::key_gemv(in(queries.data(), dim), cache.host_cache(), cache.host_parameters(), 0.5f,
                                     out(scores.data(), tokens), cache.report));
-    REQUIRE(pk::key_gemv(in(device_queries.data(), dim), cache.gpu_cache(), cache.gpu_parameters(), 0.5f,
-                         out(device_scores.data(), tokens), e));
+    REQUIRE(cache.after_failures([&] {
+      return pk::key_gemv(in(device_queries.data(), dim), cache.gpu_cache(), cache.gpu_parameters(), 0.5f,
+                          out(device_scores.data(), tokens), e);
+    }));
     CHECK(worst_row_error(device_scores.host(), scores, tokens) < 4e-5);
     REQUIRE(pk::reference::value_gemv(in(weights.data(), tokens), cache.host_cache(), cache.host_parameters(),
                                       out(sums.data(), dim), cache.report));
-    REQUIRE(pk::value_gemv(in(device_weights.data(), tokens), cache.gpu_cache(), cache.gpu_parameters(),
-                           out(device_sums.data(), dim), e));
+    REQUIRE(cache.after_failures([&] {
+      return pk::value_gemv(in(device_weights.data(), tokens), cache.gpu_cache(), cache.gpu_parameters(),
+                            out(device_sums.data(), dim), e);
+    }));
     CHECK(worst_row_error(device_sums.host(), sums, dim) < 4e-5);
   });
 }

@@ -39,8 +39,10 @@ void check_plan(random_source& random, int batch, int group, int splits, bool ov
   }
 
   pk::decode_plan plan;
-  REQUIRE(pk::plan_decode<Format>(problem.query_view(false), problem.query_start.data(), problem.view(false),
-                                  problem.options, plan));
+  REQUIRE(after_failures([&] {
+    return pk::plan_decode<Format>(problem.query_view(false), problem.query_start.data(), problem.view(false),
+                                   problem.options, plan);
+  }));
   INFO("batch " << batch << ", group " << group << ", splits " << splits << ", overlays " << overlays << "\n"
                 << pk::describe(plan));
   CHECK(plan.launches == 1);

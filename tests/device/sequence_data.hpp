@@ -162,16 +162,16 @@ void check_sequence_calls(random_source& random, const decoded_side& keys, const
   pk::exec e = reporter.exec();
   e.workspace = workspace.data();
   e.workspace_bytes = workspace.size();
-  require(pk::initialize_workspace(e));
+  require(after_failures([&] { return pk::initialize_workspace(e); }));
 
   tensor_output scores(pk::dtype::float32, heads, n, scored), sums(pk::dtype::float32, heads, n, values.dim),
       out(pk::dtype::float32, heads, n, values.dim), lse(pk::dtype::float32, 1, heads, n);
   const std::vector<std::uint8_t> untouched = sums.host_bytes;
-  require(calls.key_gemv(sequence(q.device()), scale, scores.device(), e));
-  require(calls.value_gemv(sequence(w.device()), sums.device(), e));
+  require(after_failures([&] { return calls.key_gemv(sequence(q.device()), scale, scores.device(), e); }));
+  require(after_failures([&] { return calls.value_gemv(sequence(w.device()), sums.device(), e); }));
   pk::output_view<2> lse_view = pk::make_output<2>(lse.device_bytes.data(), pk::dtype::float32, {heads, n});
   lse_view.stride[0] = lse.device().stride[1];
-  require(calls.attention(sequence(q.device()), scale, out.device(), lse_view, e));
+  require(after_failures([&] { return calls.attention(sequence(q.device()), scale, out.device(), lse_view, e); }));
   for (tensor_output* x : {&scores, &sums, &out, &lse}) x->fetch();
   CHECK(reporter.read().flags == 0);
 

@@ -13,6 +13,7 @@
 
 #include "../support/basis.hpp"
 #include "../support/random.hpp"
+#include "cuda_failures.hpp"
 #include "device_array.hpp"
 
 namespace packkv_test {
@@ -227,6 +228,15 @@ class test_cache {
     device_pages.assign(pages);
   }
   pk::exec exec() { return pk::exec{nullptr, nullptr, 0, device_report.data()}; }
+  /// A call of which a part may have been made before it failed: each time from the same report on.
+  template <class Call>
+  pk::status after_failures(Call&& call) {
+    const std::vector<pk::device_report> before = device_report.host();
+    return packkv_test::after_failures([&] {
+      device_report.assign(before);
+      return call();
+    });
+  }
   pk::device_report gpu_report() { return device_report.host()[0]; }
 
  private:

@@ -144,6 +144,9 @@ int run_grid(const void* kernel, void (*thread)(void*), void* argument, dim3 gri
 
 }  // namespace detail
 
+/// What a launch and the runtime's calls in stream order return, doing nothing, unless it is 0. For tests of failures.
+inline int (*instead_of_call)() = nullptr;
+
 /// Threads and bytes of dynamic shared memory of a block.
 struct shared_block {
   dim3 threads;
@@ -154,6 +157,8 @@ struct shared_block {
 /// Runs a kernel to its end. Returns 0 or the cudaError_t of an impossible configuration; throws packkv_simt::error.
 template <class... Parameter, class... Argument>
 int launch(void (*kernel)(Parameter...), dim3 grid, shared_block block, Argument... argument) {
+  if (instead_of_call)
+    if (const int error = instead_of_call()) return error;
   struct call {
     void (*kernel)(Parameter...);
     std::tuple<Parameter...> parameters;

@@ -3,7 +3,7 @@
 """Seeds defects into the kernels, one at a time, and says whether the tests on the CPU executor notice.
 
     tests/simt/mutants.py [--cxx g++] [--jobs 2] [--schedules in_order,random:1] [--list] [--only REGEX] [--share 1/3]
-                          [--work DIR]
+                          [--listed] [--work DIR]
 
 One idea: mutant schemata. One copy of include/ holds every mutant behind a switch read at run time (mutant.hpp), so
 the tests are built once, as packkv_simt_race_tests is. A first run of each test case notes which places it reaches; a
@@ -13,9 +13,10 @@ What is mutated: the table `rules`, which goes by the names of functions, and co
 alone: what the compiler must know (constexpr, static_assert, template arguments), and preprocessor branches for the
 executor or for the device only. A mutant's name is file:line:class:line of code with {before => after}.
 
-mutant_survivors.txt lists the survivors with a reason, without their line numbers; those run in the first order
-alone. Exit status: 0 only if at least 90 % are caught, every survivor is listed and every listed one has survived
-(those listed as out of bounds need not).
+mutant_survivors.txt lists the survivors with a reason, without their line numbers. What is listed is taken to survive,
+or, with --listed, run in the first order: most of the time, since all tests that reach it have to pass. Exit status: 0
+only if at least 90 % are caught, every survivor is listed and every listed one has survived (those listed as out of
+bounds need not).
 """
 import argparse
 import collections
@@ -581,6 +582,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     parser.add_argument("--only", metavar="REGEX", help="of the mutants' names")
     parser.add_argument("--share", metavar="K/N", default="1/1", help="every Nth mutant, from the Kth on")
+    parser.add_argument("--listed", action="store_true", help="run those of mutant_survivors.txt, too")
     parser.add_argument("--work", metavar="DIR", type=pathlib.Path, help="keep the build there, for the next run too")
     parser.add_argument("--include", metavar="DIR", action="append", default=[], help="where Catch2 is")
     parser.add_argument("--libraries", metavar="FILE", nargs="*", default=[], help="of Catch2")
@@ -602,10 +604,14 @@ def main():
     runner = Runner(build(options, work, workers), work)
     built = time.monotonic()
     list(workers.map(lambda x: runner.learn(*x, schedules), enumerate(test_names(runner.program))))
-    # The long ones first: those that are known to survive.
-    for future in concurrent.futures.as_completed(
-            workers.submit(runner.try_mutant, m, schedules[:1] if m.key in listed else schedules)
-            for m in sorted(chosen, key=lambda m: m.key not in listed)):
+    all_of, known = collections.Counter(m.key for m in mutants), collections.Counter(m.key for m in chosen)
+    left = []
+    for m in sorted(chosen, key=lambda m: m.key not in listed):  # the long ones first: those that are known to survive
+        if options.listed or all_of[m.key] > listed[m.key]:
+            left.append(workers.submit(runner.try_mutant, m, schedules[:1] if m.key in listed else schedules))
+        else:
+            m.outcome = "not run, taken to survive"
+    for future in concurrent.futures.as_completed(left):
         m = future.result()
         print(f"{m.number}: {m} {m.outcome}", flush=True)
 
@@ -613,7 +619,6 @@ def main():
     caught = sum(m.outcome.startswith("caught") for m in chosen)
     print(f"{len(chosen)} mutants, {caught} caught ({100 * caught / len(chosen):.1f} %), "
           f"{len(chosen) - caught} survived; {len(mutants) - len(chosen)} left out; {built - begin:.0f} s to build, {time.monotonic() - built:.0f} s to run")
-    all_of, known = collections.Counter(m.key for m in mutants), collections.Counter(m.key for m in chosen)
     survived = collections.Counter(m.key for m in chosen if not m.outcome.startswith("caught"))
     new, stale = survived - listed, listed - survived
     for key in list(stale):

@@ -88,9 +88,19 @@ inline cudaError_t cudaMemset(void* p, int byte, std::size_t bytes) {
   if (bytes > 0) std::memset(p, byte, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* p, int byte, std::size_t bytes, cudaStream_t = nullptr) { return cudaMemset(p, byte, bytes); }
+inline cudaError_t cudaMemsetAsync(void* p, int byte, std::size_t bytes, cudaStream_t = nullptr) {
+  if (packkv_simt::instead_of_call)
+    if (const int error = packkv_simt::instead_of_call()) return static_cast<cudaError_t>(error);
+  return cudaMemset(p, byte, bytes);
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
   if (bytes > 0) std::memmove(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy2D(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width, std::size_t height,
+                                cudaMemcpyKind) {
+  for (std::size_t row = 0; row < height; ++row)
+    std::memmove(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {

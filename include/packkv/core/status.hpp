@@ -18,7 +18,8 @@ enum class status_code : std::int32_t {
   overflow,             ///< sizes whose product or sum does not fit 64 bits (or 31 bits, for counts)
   workspace_too_small,  ///< exec::workspace_bytes is less than the matching *_workspace_bytes()
   corrupt,              ///< a blob whose magic, version, format id, size or checksum is wrong
-  cuda_error,           ///< the CUDA runtime refused the launch; `detail` is its error number
+  cuda_error,           ///< a call of the CUDA runtime failed; `detail` is its error number. Launches before it stay
+                        ///< made; the same call made again gives what it would have given, except that reports count twice
 };
 
 /// Result of a call: `code`, a static sentence, and an optional number that the sentence is about.
