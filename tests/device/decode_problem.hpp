@@ -119,7 +119,7 @@ struct decode_problem {
 
   /// Of just the bytes that a call uses.
   device_array<std::uint8_t> decode_workspace() const {
-    if constexpr (pk::detail::has_fused_kernel<Format>::value) {
+    if constexpr (pk::is_fused<Format>) {
       device_array<std::uint8_t> workspace(static_cast<std::size_t>(workspace_bytes()));
       workspace.poison();
       return workspace;

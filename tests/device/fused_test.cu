@@ -58,6 +58,10 @@ void check_poisoned_slots(random_source& random, int length, int group) {
   check_rows<Format>(got, expected);
 }
 
+static_assert(pk::is_fused<two_bit> && pk::is_fused<kivi>);
+static_assert(!pk::is_fused<pk::runtime_format<128>> &&
+              !pk::is_fused<pk::cache_format<pk::float16_codec<128>, pk::float16_codec<128>>>);
+
 constexpr std::uint32_t page_flags = pk::report_page_missing | pk::report_page_out_of_range;
 
 template <class Format>

@@ -22,6 +22,16 @@ struct decode_maxima {
   std::int32_t splits = 0;  ///< attention_options::splits
 };
 
+/// Whether decode_attention, key_gemv and value_gemv of a format are the fused kernels, with matrix instructions on its
+/// codes. They are where K and V have codes that are known at compile time; everything else, every runtime_format too,
+/// takes general kernels, which are slower. Whoever must have the fast ones says
+/// static_assert(packkv::is_fused<Format>), or asks a format_family.
+template <class Format, class = void>
+inline constexpr bool is_fused = false;
+template <class Format>
+inline constexpr bool is_fused<Format, std::void_t<typename Format::key_codec_type>> =
+    Format::key().has_codes() && Format::value().has_codes();
+
 namespace detail {
 
 /// Bytes of partial rows behind the counters; 0 when a unit is one block.
@@ -58,13 +68,6 @@ checked workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t 
   const checked blocks = splits > 0 ? units * splits : units + policy::decode_blocks;
   return blocks * block::split_merge<ValueDim, policy::decode_rows>::floats_per_split * 4 + workspace_counter_bytes;
 }
-
-/// Formats of which the codes are known at compile time have kernels with matrix instructions.
-template <class Format, class = void>
-struct has_fused_kernel : std::false_type {};
-template <class Format>
-struct has_fused_kernel<Format, std::void_t<typename Format::key_codec_type>>
-    : std::bool_constant<Format::key().has_codes() && Format::value().has_codes()> {};
 
 template <class Format, int Rows>
 inline constexpr std::int64_t fused_part_bytes =
@@ -279,7 +282,7 @@ std::int64_t decode_workspace_bytes(const decode_maxima& m) {
     return -1;
   const checked rows = checked(m.query_heads / m.kv_heads) * m.max_query_len;
   if (!rows.valid()) return -1;
-  if constexpr (detail::has_fused_kernel<Format>::value) {
+  if constexpr (is_fused<Format>) {
     const checked bytes = detail::fused_workspace_bound<Format>(m.batch, m.kv_heads, rows.value(), m.splits);
     return bytes.valid() ? bytes.value() : -1;
   } else {
@@ -298,7 +301,7 @@ template <class Format, class Variant>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
                         const attention_options& options, const Variant& variant, const exec& e) {
-  static_assert(detail::has_fused_kernel<Format>::value,
+  static_assert(is_fused<Format>,
                 "score variants need a cache_format whose K and V have codes: plans or groups known at compile time");
   static_assert(std::is_trivially_copyable_v<Variant>, "a variant is a kernel argument");
   return detail::decode_fused<Format, warp::copy_engine::best, 0>(queries, query_start_loc, cache, params, out, lse,
@@ -325,7 +328,7 @@ template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                         const parameters<Format>& params, const output_view<3>& out, const output_view<2>& lse,
                         const attention_options& options, const exec& e) {
-  if constexpr (detail::has_fused_kernel<Format>::value)
+  if constexpr (is_fused<Format>)
     return decode_attention(queries, query_start_loc, cache, params, out, lse, options, block::plain_scores{}, e);
   else
     return detail::decode_simply(queries, query_start_loc, cache, params, out, lse, options, e);

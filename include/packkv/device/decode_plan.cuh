@@ -87,15 +87,16 @@ status plan_launches(const block::decode_call& call, std::int64_t rows, int shar
 }  // namespace detail
 
 /// Plans a call of decode_attention on the host. Format's codes are known at compile time (cache_format of
-/// key_codec or grouped_key_codec and value_codec or grouped_value_codec). \param queries, query_start_loc, cache, options as decode_attention takes them, but all arrays of
-/// lengths, positions and rows (query_start_loc, seq_lens, kv_begin, ring.row, context_lens) are host memory. Tables,
-/// pages, queries, sinks and ring are not read: their extents count. \param shared_kib of an SM of the GPU that is
-/// planned for: 228 (sm_90, sm_100), 164 (sm_80) or 100 (sm_86, 89, 120). \return not ok for negative or inconsistent
-/// extents, or what decode_attention refuses for its size; `plan` is then empty.
+/// key_codec or grouped_key_codec and value_codec or grouped_value_codec). \param queries, query_start_loc, cache,
+/// options as decode_attention takes them, but all arrays of lengths, positions and rows (query_start_loc, seq_lens,
+/// kv_begin, ring.row, context_lens) are host memory. Tables, pages, queries, sinks and ring are not read: their
+/// extents count. \param shared_kib of an SM of the GPU that is planned for: 228 (sm_90, sm_100), 164 (sm_80) or 100
+/// (sm_86, 89, 120). \return not ok for negative or inconsistent extents, or what decode_attention refuses for its
+/// size; `plan` is then empty.
 template <class Format>
 status plan_decode(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,
                    const attention_options& options, decode_plan& plan, int shared_kib = 228) {
-  static_assert(detail::has_fused_kernel<Format>::value,
+  static_assert(is_fused<Format>,
                 "calls are planned for cache_formats whose K and V have codes: plans or groups known at compile time");
   plan = {};
   if (query_start_loc == nullptr) return refuse(status_code::invalid_argument, "query_start_loc must not be null");

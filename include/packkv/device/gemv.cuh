@@ -196,7 +196,7 @@ status key_gemv(const input_view<3>& queries, const cache_view& cache, const par
   if (const status s = detail::check_gemv(cache, params, queries, scores, Format::key_head_dim, cache.max_seq_len); !s)
     return s;
   if (cache.batch == 0 || cache.max_seq_len == 0) return {};
-  if constexpr (detail::has_fused_kernel<Format>::value) {
+  if constexpr (is_fused<Format>) {
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, queries, scores, params.key, scale, e, args); !s) return s;
     return detail::launch_key_gemv<Format, warp::copy_engine::best, 0>(args, e);
@@ -224,7 +224,7 @@ std::int64_t value_gemv_workspace_bytes(const decode_maxima& m) {
     return -1;
   const std::int64_t group = m.query_heads / m.kv_heads;
   checked bytes = 0;
-  if constexpr (detail::has_fused_kernel<Format>::value)
+  if constexpr (is_fused<Format>)
     bytes = detail::value_gemv_bound<Format>(m.batch, m.kv_heads, group, m.splits);
   else
     bytes = detail::workspace_bound<Format::value_head_dim>(m.batch, m.kv_heads, group, m.max_seq_len, m.splits);
@@ -248,7 +248,7 @@ status value_gemv(const input_view<3>& weights, const cache_view& cache, const p
     return s;
   if (splits < 0 || splits > 4096) return refuse(status_code::invalid_argument, "splits must be 0..4096");
   if (cache.batch == 0) return {};
-  if constexpr (detail::has_fused_kernel<Format>::value) {
+  if constexpr (is_fused<Format>) {
     kernel::fused_gemv_args args{};
     if (const status s = detail::make_fused_gemv_args(cache, weights, out, params.value, 1.0f, e, args); !s) return s;
     return detail::launch_value_gemv<Format, warp::copy_engine::best, 0>(args, e, splits);
