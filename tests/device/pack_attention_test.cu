@@ -207,8 +207,8 @@ struct damage_case {
   std::vector<float> keys, values;
   tensor_data q, w;
 
-  damage_case(random_source& random, pack_granularity g)
-      : c(format_of(token_order::none, 16, dtype::float16, 2, 2, codec(g, pack_zero::floating, 64, 0.02f),
+  damage_case(random_source& random, pack_granularity g, int pack_size)
+      : c(format_of(token_order::none, pack_size, dtype::float16, 2, 2, codec(g, pack_zero::floating, 64, 0.02f),
                     codec(g, pack_zero::integer, 64, 0.1f)),
           3, walk::contiguous, 5),
         q(random, dtype::float16, 2, 2, 1, 64),
@@ -477,44 +477,47 @@ TEST_CASE("attention on packs does not need lse, and writes 16-bit elements") {
 
 TEST_CASE("damaged tiles of packs give NaN where they lie, are reported, and nothing outside them is read") {
   random_source random(5);
-  damage_case all(random, pack_granularity::vector);
-  const device_packs sound(all.c);
-  all.check(
-      sound.view(), [](side, int, int, int, int) { return false; }, 0);
-  const auto tiles = [](side which, std::vector<int> numbers) {
-    return [which, numbers](side s, int b, int h, int t, int) {
-      const int tile = t / 64 * 4 + b * 2 + h;
-      return s == which && t < 192 && std::find(numbers.begin(), numbers.end(), tile) != numbers.end();
+  for (const int pack_size : {16, 8}) {  // kernels of their own, and the general ones
+    INFO("packs of " << pack_size);
+    damage_case all(random, pack_granularity::vector, pack_size);
+    const device_packs sound(all.c);
+    all.check(
+        sound.view(), [](side, int, int, int, int) { return false; }, 0);
+    const auto tiles = [](side which, std::vector<int> numbers) {
+      return [which, numbers](side s, int b, int h, int t, int) {
+        const int tile = t / 64 * 4 + b * 2 + h;
+        return s == which && t < 192 && std::find(numbers.begin(), numbers.end(), tile) != numbers.end();
+      };
     };
-  };
-  for (const side which : {side::key, side::value}) {
-    host_side& packs = all.c.packs(which);
-    const std::vector<std::int64_t> offsets = packs.offsets;
-    INFO((which == side::key ? "K" : "V"));
-    for (const std::int64_t bad : {std::int64_t{-16}, std::int64_t{1} << 60, offsets[6] + 8}) {
-      INFO("offset " << bad);
-      device_packs broken(all.c);
-      std::vector<std::int64_t> changed = offsets;
-      changed[6] = bad;  // the tile that ends here and the one that begins here
-      (which == side::key ? broken.key : broken.value).offsets.assign(changed);
-      all.check(broken.view(), tiles(which, {5, 6}), pk::report_tile_damaged);
-    }
-    for (const int tile : {0, 11}) {
-      INFO("header of tile " << tile);
-      device_packs broken(all.c);
-      device_side& s = which == side::key ? broken.key : broken.value;
-      std::vector<std::uint8_t> bytes = s.data.host();
-      bytes[static_cast<std::size_t>(offsets[static_cast<std::size_t>(tile)]) + 1] = 5;
-      s.data.assign(bytes);
-      all.check(broken.view(), tiles(which, {tile}), pk::report_tile_damaged);
-    }
-    {  // the last tile ends behind what may be read
-      device_packs broken(all.c);
-      device_side& s = which == side::key ? broken.key : broken.value;
-      std::vector<std::uint8_t> bytes = s.data.host();
-      bytes.resize(bytes.size() - 16);
-      s.data = device_array<std::uint8_t>(bytes);
-      all.check(broken.view(), tiles(which, {11}), pk::report_tile_damaged);
+    for (const side which : {side::key, side::value}) {
+      host_side& packs = all.c.packs(which);
+      const std::vector<std::int64_t> offsets = packs.offsets;
+      INFO((which == side::key ? "K" : "V"));
+      for (const std::int64_t bad : {std::int64_t{-16}, std::int64_t{1} << 60, offsets[6] + 8}) {
+        INFO("offset " << bad);
+        device_packs broken(all.c);
+        std::vector<std::int64_t> changed = offsets;
+        changed[6] = bad;  // the tile that ends here and the one that begins here
+        (which == side::key ? broken.key : broken.value).offsets.assign(changed);
+        all.check(broken.view(), tiles(which, {5, 6}), pk::report_tile_damaged);
+      }
+      for (const int tile : {0, 11}) {
+        INFO("header of tile " << tile);
+        device_packs broken(all.c);
+        device_side& s = which == side::key ? broken.key : broken.value;
+        std::vector<std::uint8_t> bytes = s.data.host();
+        bytes[static_cast<std::size_t>(offsets[static_cast<std::size_t>(tile)]) + 1] = 5;
+        s.data.assign(bytes);
+        all.check(broken.view(), tiles(which, {tile}), pk::report_tile_damaged);
+      }
+      {  // the last tile ends behind what may be read
+        device_packs broken(all.c);
+        device_side& s = which == side::key ? broken.key : broken.value;
+        std::vector<std::uint8_t> bytes = s.data.host();
+        bytes.resize(bytes.size() - 16);
+        s.data = device_array<std::uint8_t>(bytes);
+        all.check(broken.view(), tiles(which, {11}), pk::report_tile_damaged);
+      }
     }
   }
 }
@@ -524,7 +527,7 @@ TEST_CASE("a group of packs whose range is NaN stays within its own elements") {
   for (const pack_granularity g :
        {pack_granularity::token, pack_granularity::vector, pack_granularity::channel, pack_granularity::block}) {
     INFO("granularity " << static_cast<int>(g));
-    damage_case all(random, g);
+    damage_case all(random, g, 16);
     for (const side which : {side::key, side::value}) {
       const std::int64_t groups = pk::range_count(all.c.format, which);
       const int block = 1, b = 1, group = static_cast<int>(groups) - 1 - (groups > 1 ? 7 : 0);
