@@ -15,8 +15,8 @@ executor or for the device only. A mutant's name is file:line:class:line of code
 
 mutant_survivors.txt lists the survivors with a reason, without their line numbers. What is listed is taken to survive,
 or, with --listed, run in the first order: most of the time, since all tests that reach it have to pass. Exit status: 0
-only if at least 90 % are caught, every survivor is listed and every listed one has survived (those listed as out of
-bounds need not).
+only if at least 95 % of those not listed as equivalent are caught, every survivor is listed and every listed one has
+survived (those listed as out of bounds need not).
 """
 import argparse
 import collections
@@ -34,7 +34,7 @@ import time
 
 root = pathlib.Path(__file__).resolve().parents[2]
 here = root / "tests/simt"
-least_caught = 0.9
+least_caught = 0.95  # of those that are not listed as equivalent
 
 
 # ------------------------------------------------------------------------------------------------------------- mutants
@@ -151,10 +151,10 @@ lane_name = r"\b(lane|lane_id ?\( ?\)|threadIdx ?\. ?x)$"
 not_kernels = ("include/packkv/device/",)  # host code: no bounds there
 # Files whose mutants have not been gone through since they were written or changed: only with --only.
 # docs/reliability.md says what is missing.
-unexamined = re.compile(r"include/packkv/(detail/(cuda|bits|limbs|packed_bytes)|device/(decode_attention|gemv|pack_gemv|packs)|kernel/(compress|fused_|pack_)|thread/pack|"
+unexamined = re.compile(r"include/packkv/(detail/(cuda|bits|limbs|packed_bytes)|device/(decode_attention|gemv|pack_gemv|packs)|kernel/(fused_(decode|gemv)|pack_)|thread/pack_|"
                         r"block/(decode_unit|greedy_order|gemv_units|part_merge|row_ranges|unit_parts|unit_work|work_split)|"
-                        r"warp/(attention_row|exact_tokens|grouped_(key_scores|output|weights)|lazy_softmax|mma_|offset_chain|pack_(codes|group|key_scores|row|stream|value_sum)|raw_attention|scaled_weights|score_|side_stream|"
-                        r"tile_|token_(codec|octet)|value_output|lane_numbers))")
+                        r"warp/(attention_row|grouped_(key_scores|output|weights)|lazy_softmax|mma_|offset_chain|pack_(codes|group|key_scores|row|stream|value_sum)|raw_attention|scaled_weights|score_|side_stream|"
+                        r"tile_(ring|stream)|value_output|lane_numbers))")
 instructions = ("include/packkv/detail/matrix.cuh", "include/packkv/detail/async.cuh")  # each a definition, not a use
 
 
@@ -635,9 +635,10 @@ def main():
     for title, keys in (("not in mutant_survivors.txt", new), ("stale in mutant_survivors.txt", stale)):
         for key in keys.elements():
             print(f"{title}: {' | '.join(key)}")
-    enough = options.only is not None or caught >= least_caught * len(chosen)
+    others = sum(not reasons.get(m.key, "").startswith("equivalent: ") for m in chosen)
+    enough = options.only is not None or caught >= least_caught * others
     if not enough:
-        print(f"fewer than {100 * least_caught:.0f} % are caught")
+        print(f"fewer than {100 * least_caught:.0f} % of the {others} that are not equivalent are caught")
     return 0 if enough and not new and not stale else 1
 
 

@@ -138,6 +138,8 @@ class tile_encoder {
     }
   }
 
+  /// Tokens that wait for finish().
+  __device__ int waiting() const { return listed_; }
   /// Codes the tokens of the list in the arithmetic of the definition.
   __device__ void finish(std::uint32_t& flags) {
     if (listed_ > 0) flags |= encode_listed(storage_, listed_);
