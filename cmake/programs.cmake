@@ -17,6 +17,9 @@ endif()
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
 set(CMAKE_CUDA_ARCHITECTURES "${PACKKV_CUDA_ARCHITECTURES}")
+if(PACKKV_QUICK_CUDA)  # PTX alone: the machine code is the compile gates' part
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^([0-9]+a?)$" "\\1-virtual")
+endif()
 set(packkv_cuda OFF)
 if(PACKKV_ENABLE_CUDA)  # AUTO is true, too
   if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})

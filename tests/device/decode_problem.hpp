@@ -79,17 +79,7 @@ struct decode_problem {
   tensor_data overlay(random_source& random, int rows, int count, int dim) {
     return tensor_data(random, cache.shape.type, rows, cache.shape.kv_heads, count, dim, 0.7f);
   }
-  pk::input_view<3> query_view(bool device) const {
-    const auto v = device ? queries.device() : queries.host();
-    pk::input_view<3> q;
-    q.data = v.data;
-    q.type = v.type;
-    for (int i = 0; i < 3; ++i) {
-      q.extent[i] = v.extent[i + 1];
-      q.stride[i] = v.stride[i + 1];
-    }
-    return q;
-  }
+  pk::input_view<3> query_view(bool device) const { return sequence(device ? queries.device() : queries.host()); }
   pk::cache_view view(bool device) {
     pk::cache_view c = device ? cache.gpu_cache() : cache.host_cache();
     if (with_kv_begin) c.kv_begin = device ? device_kv_begin.data() : kv_begin.data();

@@ -26,18 +26,6 @@ pk::runtime_format<64> small_format() {
       pk::make_plan_codec(pk::side::value, 64, pk::transform_kind::identity, pk::plan<4, 3, 2, 1>::widths()));
 }
 
-/// [rows, heads, tokens, dim] without its first (dropped) dimension.
-pk::input_view<3> without_first(const pk::input_view<4>& v) {
-  pk::input_view<3> out;
-  out.data = v.data;
-  out.type = v.type;
-  for (int i = 0; i < 3; ++i) {
-    out.extent[i] = v.extent[i + 1];
-    out.stride[i] = v.stride[i + 1];
-  }
-  return out;
-}
-
 /// One decode call on reference and device; overlays and options are for the test to set.
 template <class Format>
 struct decode_case {
@@ -69,10 +57,10 @@ struct decode_case {
     const device_array<std::int32_t> device_start(query_start);
     const auto out_to = [&](float* p) { return pk::make_output(p, pk::dtype::float32, {tokens, heads, dim}); };
     const auto lse_to = [&](float* p) { return pk::make_output(p, pk::dtype::float32, {tokens, heads}); };
-    REQUIRE(pk::reference::decode_attention(without_first(queries.host()), query_start.data(),
+    REQUIRE(pk::reference::decode_attention(sequence(queries.host()), query_start.data(),
                                             with_overlays(cache.host_cache(), false), cache.host_parameters(),
                                             out_to(out.data()), lse_to(lse.data()), options, cache.report));
-    REQUIRE(pk::decode_attention(without_first(queries.device()), device_start.data(),
+    REQUIRE(pk::decode_attention(sequence(queries.device()), device_start.data(),
                                  with_overlays(cache.gpu_cache(), true), cache.gpu_parameters(),
                                  out_to(device_out.data()), lse_to(device_lse.data()), options, cache.exec()));
     CHECK(worst_row_error(device_out.host(), out, static_cast<int>(dim)) < tolerance);
@@ -143,13 +131,13 @@ TEST_CASE("warps that take several tiles each agree with the reference: coded, s
   device_array<float> device_scores(scores), device_sums(sums);
   const auto scores_to = [](float* p) { return pk::make_output(p, pk::dtype::float32, {1, 4, tokens}); };
   const auto sums_to = [](float* p) { return pk::make_output(p, pk::dtype::float32, {1, 4, 64}); };
-  REQUIRE(pk::reference::key_gemv(without_first(queries.host()), cache.host_cache(), cache.host_parameters(), 0.5f,
+  REQUIRE(pk::reference::key_gemv(sequence(queries.host()), cache.host_cache(), cache.host_parameters(), 0.5f,
                                   scores_to(scores.data()), cache.report));
-  REQUIRE(pk::key_gemv(without_first(queries.device()), cache.gpu_cache(), cache.gpu_parameters(), 0.5f,
+  REQUIRE(pk::key_gemv(sequence(queries.device()), cache.gpu_cache(), cache.gpu_parameters(), 0.5f,
                        scores_to(device_scores.data()), cache.exec()));
-  REQUIRE(pk::reference::value_gemv(without_first(weights.host()), cache.host_cache(), cache.host_parameters(),
+  REQUIRE(pk::reference::value_gemv(sequence(weights.host()), cache.host_cache(), cache.host_parameters(),
                                     sums_to(sums.data()), cache.report));
-  REQUIRE(pk::value_gemv(without_first(weights.device()), cache.gpu_cache(), cache.gpu_parameters(),
+  REQUIRE(pk::value_gemv(sequence(weights.device()), cache.gpu_cache(), cache.gpu_parameters(),
                          sums_to(device_sums.data()), cache.exec(), 1));
   CHECK(worst_row_error(device_scores.host(), scores, tokens) < tolerance);
   CHECK(worst_row_error(device_sums.host(), sums, 64) < tolerance);
@@ -209,9 +197,9 @@ TEST_CASE("key_gemv and value_gemv report a missing page, each by itself") {
     cache.device_report.assign(std::vector<pk::device_report>(1));
     return same;
   };
-  REQUIRE(pk::key_gemv(without_first(in.device()), view, cache.gpu_parameters(), 1.0f, to, cache.exec()));
+  REQUIRE(pk::key_gemv(sequence(in.device()), view, cache.gpu_parameters(), 1.0f, to, cache.exec()));
   CHECK(report_is(pk::report_page_missing));
-  REQUIRE(pk::value_gemv(without_first(in.device()), view, cache.gpu_parameters(), to, cache.exec(), 1));
+  REQUIRE(pk::value_gemv(sequence(in.device()), view, cache.gpu_parameters(), to, cache.exec(), 1));
   CHECK(report_is(pk::report_page_missing));
 }
 
@@ -284,7 +272,7 @@ TEST_CASE("slot 0 is a slot") {
   random_source random(108);
   test_cache cache(random, cache_shape{1, 1, 64, 1, pk::dtype::float16}, small_format());
   const auto token = [](const pk::input_view<4>& v) {  // [1, 1, tokens, dim]: token 3 as [1, 1, dim]
-    pk::input_view<3> out = without_first(v);
+    pk::input_view<3> out = sequence(v);
     out.data = static_cast<const char*>(out.data) + 3 * out.stride[1];
     out.extent[1] = 1;
     return out;

@@ -51,10 +51,10 @@ class stream_job {
                                cache_.gpu_parameters(), problem_.out_view(out_.data()), problem_.lse_view(lse_.data()),
                                problem_.with_arrays(true), e);
     if (s)
-      s = pk::key_gemv(rows(one_query_), cache_.gpu_cache(), cache_.gpu_parameters(), 0.1f,
+      s = pk::key_gemv(sequence(one_query_.device()), cache_.gpu_cache(), cache_.gpu_parameters(), 0.1f,
                        pk::make_output(scores_.data(), pk::dtype::float32, {batch, heads, tokens}), e);
     if (s)
-      s = pk::value_gemv(rows(weights_), cache_.gpu_cache(), cache_.gpu_parameters(),
+      s = pk::value_gemv(sequence(weights_.device()), cache_.gpu_cache(), cache_.gpu_parameters(),
                          pk::make_output(sums_.data(), pk::dtype::float32, {batch, heads, 128}), e);
     return s;
   }
@@ -83,17 +83,6 @@ class stream_job {
     return s;
   }
   pk::exec exec() { return {stream_, workspace_.data(), workspace_.size(), cache_.device_report.data()}; }
-  static pk::input_view<3> rows(const tensor_data& x) {
-    const auto v = x.device();
-    pk::input_view<3> y;
-    y.data = v.data;
-    y.type = v.type;
-    for (int i = 0; i < 3; ++i) {
-      y.extent[i] = v.extent[i + 1];
-      y.stride[i] = v.stride[i + 1];
-    }
-    return y;
-  }
 
   random_source random_;
   test_cache<format> cache_;
@@ -150,10 +139,6 @@ TEST_CASE("a thousand replays of a graph, with other lengths and pages each time
   cache.fill();
   const std::int64_t heads = kv_heads * group;
   const tensor_data queries(random, pk::dtype::float16, 1, batch, heads, 128);
-  pk::input_view<3> q = one_by_one(queries.device());
-  q.extent[0] = batch;
-  q.extent[1] = heads;
-  std::swap(q.stride[0], q.stride[1]);
   const device_array<std::int32_t> query_start(std::vector<std::int32_t>{0, 1, 2, 3});
   const std::vector<std::int32_t> ids = cache.table;
   const auto count = static_cast<std::size_t>(batch * heads * 128);
@@ -167,7 +152,11 @@ TEST_CASE("a thousand replays of a graph, with other lengths and pages each time
   const pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
   REQUIRE(pk::initialize_workspace(e));
   const auto call = [&](float* to) {
-    return pk::decode_attention(q, query_start.data(), cache.gpu_cache(), cache.gpu_parameters(),
+    pk::cache_view view = cache.gpu_cache();
+    view.table = {};
+    view.table.pages = cache.device_table.data();
+    view.table.row_stride = static_cast<std::int64_t>(ids.size()) / batch;
+    return pk::decode_attention(sequence(queries.device()), query_start.data(), view, cache.gpu_parameters(),
                                 pk::make_output(to, pk::dtype::float32, {batch, heads, 128}), {}, options, e);
   };
   cudaGraph_t graph;
@@ -212,13 +201,7 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
 
   const std::int64_t heads = kv_heads * group;
   tensor_data queries(random, pk::dtype::float16, 1, batch, heads, dim);
-  const auto all = queries.device();
-  pk::input_view<3> q;
-  q.data = all.data;
-  for (int i = 0; i < 3; ++i) {
-    q.extent[i] = all.extent[i + 1];
-    q.stride[i] = all.stride[i + 1];
-  }
+  const pk::input_view<3> q = sequence(queries.device());
   device_array<std::int32_t> query_start(std::vector<std::int32_t>{0, 1, 2});
   device_array<std::int64_t> slots(batch);
   device_array<std::uint16_t> new_keys(batch * kv_heads * dim), new_values(batch * kv_heads * dim);

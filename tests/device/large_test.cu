@@ -10,9 +10,11 @@ namespace {
 
 #if defined(PACKKV_SIMT_EXECUTOR)
 constexpr int copies = 3, heads_in_memory = 2, pages_in_memory = 5;
+constexpr bool small_shapes = false;
 constexpr std::int64_t apart = std::int64_t{1} << 18;  ///< bytes between pages
 #else
 constexpr int heads_in_memory = 8, pages_in_memory = 61;
+const bool small_shapes = small_tests;
 constexpr int copies = 538;  ///< 2,100,352 tokens x 8 heads x 128 channels = 2,150,760,448 elements
 constexpr std::int64_t apart = std::int64_t{64} << 20;
 #endif
@@ -54,14 +56,15 @@ TEST_CASE("fused decode over more than 2^31 elements: a context that repeats its
 
 TEST_CASE("more than 2^31 elements, all of them in memory, are coded, attended to and decoded") {
   constexpr int distinct = pages_in_memory, kv_heads = heads_in_memory, group = 4, period = 64 * distinct;
-  constexpr std::int64_t tokens = std::int64_t{period} * copies, elements = tokens * kv_heads * 128;
+  const int repeated = small_shapes ? 20 : copies;
+  const std::int64_t tokens = std::int64_t{period} * repeated, elements = tokens * kv_heads * 128;
   constexpr std::int64_t tile_bytes = two_bit::key_tile_bytes, page_bytes = kv_heads * tile_bytes;
   static_assert(two_bit::value_tile_bytes == tile_bytes, "one size of tiles for both sides");
   random_source random(9702);
   test_cache<two_bit> cache(random, cache_shape{1, kv_heads, period, 1, pk::dtype::float16}, two_bit{});
   auto problem = plain_problem(random, cache, group, 1);
   auto expected = problem.reference();
-  for (float& lse : expected.lse) lse += static_cast<float>(std::log(static_cast<double>(copies)));
+  for (float& lse : expected.lse) lse += static_cast<float>(std::log(static_cast<double>(repeated)));
 
   device_array<std::uint16_t> keys, values;
   device_array<std::uint8_t> key_pool, value_pool;
@@ -80,7 +83,7 @@ TEST_CASE("more than 2^31 elements, all of them in memory, are coded, attended t
     return x.data() + (h * tokens + copy * period) * 128;
   };
   for (std::int64_t h = 0; h < kv_heads; ++h)
-    for (std::int64_t copy = 0; copy < copies; ++copy)
+    for (std::int64_t copy = 0; copy < repeated; ++copy)
       for (const bool key : {true, false}) {
         const auto from = (key ? cache.keys : cache.values).device();
         check_cuda(cudaMemcpy2D(place(key ? keys : values, h, copy), 128 * 2, pk::detail::address(from, 0, h, 0, 0),
@@ -139,7 +142,7 @@ TEST_CASE("more than 2^31 elements, all of them in memory, are coded, attended t
   std::vector<std::uint16_t> some(static_cast<std::size_t>(period) * 128);
   different = 0;
   for (std::int64_t h = 0; h < kv_heads; ++h)
-    for (std::int64_t copy = 0; copy < copies; ++copy)
+    for (std::int64_t copy = 0; copy < repeated; ++copy)
       for (const bool key : {true, false}) {
         check_cuda(
             cudaMemcpy(some.data(), place(key ? keys : values, h, copy), 2 * some.size(), cudaMemcpyDeviceToHost));

@@ -32,19 +32,6 @@ class device_reporter {
   device_array<pk::device_report> report_{std::vector<pk::device_report>(1)};
 };
 
-/// [1, heads, tokens, dim] as [heads, tokens, dim].
-template <class Pointer>
-pk::tensor_view<Pointer, 3> sequence(const pk::tensor_view<Pointer, 4>& x) {
-  pk::tensor_view<Pointer, 3> out;
-  out.data = x.data;
-  out.type = x.type;
-  for (int i = 0; i < 3; ++i) {
-    out.extent[i] = x.extent[i + 1];
-    out.stride[i] = x.stride[i + 1];
-  }
-  return out;
-}
-
 /// One sequence whose channels have offsets, as keys have them.
 inline tensor_data random_sequence(random_source& random, pk::dtype type, int heads, int tokens, int dim) {
   tensor_data x(random, type, 1, heads, tokens, dim);

@@ -121,6 +121,19 @@ struct tensor_data {
   pk::input_view<4> device() const { return view(device_bits.data()); }
 };
 
+/// [1, heads, tokens, dim] as [heads, tokens, dim].
+template <class Pointer>
+pk::tensor_view<Pointer, 3> sequence(const pk::tensor_view<Pointer, 4>& x) {
+  pk::tensor_view<Pointer, 3> out;
+  out.data = x.data;
+  out.type = x.type;
+  for (int i = 0; i < 3; ++i) {
+    out.extent[i] = x.extent[i + 1];
+    out.stride[i] = x.stride[i + 1];
+  }
+  return out;
+}
+
 /// A tensor to be written.
 inline pk::output_view<4> as_output(const pk::input_view<4>& in) {
   pk::output_view<4> out;
