@@ -37,9 +37,10 @@ T shuffled(kind k, unsigned mask, T x, int source, int width, site where) {
 
 inline unsigned reduced(kind k, unsigned mask, unsigned x, site where) { return static_cast<unsigned>(meet(k, mask, x, where)); }
 
-/// old = *p; *p = next(old); the old value. Blocks and threads run one at a time, so this needs no lock.
+/// old = *p; *p = next(old); the old value. Blocks and threads run one at a time, so this needs no lock. Inlined, like the
+/// atomics and loads below, or the race detector would give this place instead of the caller's.
 template <class T, class Next>
-T atomically(T* p, Next next) {
+[[gnu::always_inline]] inline T atomically(T* p, Next next) {
   preempt();
   begin_atomic(p, sizeof(T));
   const T old = *p;
@@ -143,58 +144,58 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned x, packkv_simt::site w
 // ------------------------------------------------------------------------------------------------------------- atomics
 // For the types of CUDA's overloads and every other arithmetic type; a misuse of types is nvcc's to find.
 template <class T>
-T atomicAdd(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicAdd(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return static_cast<T>(old + x); });
 }
 template <class T>
-T atomicSub(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicSub(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return static_cast<T>(old - x); });
 }
 template <class T>
-T atomicMax(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicMax(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return old < x ? x : old; });
 }
 template <class T>
-T atomicMin(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicMin(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return x < old ? x : old; });
 }
 template <class T>
-T atomicOr(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicOr(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return static_cast<T>(old | x); });
 }
 template <class T>
-T atomicAnd(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicAnd(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return static_cast<T>(old & x); });
 }
 template <class T>
-T atomicXor(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicXor(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return static_cast<T>(old ^ x); });
 }
 template <class T>
-T atomicExch(T* p, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicExch(T* p, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T) { return x; });
 }
 template <class T>
-T atomicCAS(T* p, packkv_simt::detail::same<T> compare, packkv_simt::detail::same<T> x) {
+[[gnu::always_inline]] inline T atomicCAS(T* p, packkv_simt::detail::same<T> compare, packkv_simt::detail::same<T> x) {
   return packkv_simt::detail::atomically(p, [&](T old) { return old == compare ? x : old; });
 }
-inline unsigned atomicInc(unsigned* p, unsigned limit) {
+[[gnu::always_inline]] inline unsigned atomicInc(unsigned* p, unsigned limit) {
   return packkv_simt::detail::atomically(p, [&](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
-inline unsigned atomicDec(unsigned* p, unsigned limit) {
+[[gnu::always_inline]] inline unsigned atomicDec(unsigned* p, unsigned limit) {
   return packkv_simt::detail::atomically(p, [&](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
 }
 
 // ------------------------------------------------------------------------------------------------------ loads and bits
 template <class T>
-T __ldg(const T* p) { return *p; }
+[[gnu::always_inline]] inline T __ldg(const T* p) { return *p; }
 template <class T>
-T __ldcg(const T* p) {
+[[gnu::always_inline]] inline T __ldcg(const T* p) {
   packkv_simt::detail::preempt();
   return *p;
 }
 template <class T>
-T __ldcs(const T* p) { return *p; }
+[[gnu::always_inline]] inline T __ldcs(const T* p) { return *p; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
