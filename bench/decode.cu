@@ -100,10 +100,10 @@ measured measure_family(const decode_case& c) {
   measured m = sizes_of(cache);
   cache.template decode_by<Family>(0, watch.stream());
   require(cudaStreamSynchronize(watch.stream()));
-  const auto by_family = checks::to_host(cache.out(), cache.queries_count());
+  const auto by_family = to_host(cache.out(), cache.queries_count());
   cache.decode(0, watch.stream());
   require(cudaStreamSynchronize(watch.stream()));
-  const auto by_format = checks::to_host(cache.out(), cache.queries_count());
+  const auto by_format = to_host(cache.out(), cache.queries_count());
   if (by_family != by_format) {
     std::fprintf(stderr, "%s: the family's result is not the format's\n", c.name.c_str());
     std::exit(1);

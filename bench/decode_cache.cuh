@@ -9,6 +9,15 @@
 
 #include "timing.cuh"
 
+/// Device memory, once all that was launched has ended.
+template <class T>
+std::vector<T> to_host(const T* data, std::int64_t count) {
+  std::vector<T> host(static_cast<std::size_t>(count));
+  require(cudaDeviceSynchronize());
+  require(cudaMemcpy(host.data(), data, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  return host;
+}
+
 /// What is measured, beside the format.
 struct decode_case {
   std::string name;

@@ -42,13 +42,6 @@ __global__ void plain_attention(const std::uint16_t* queries, const std::uint16_
   }
 }
 
-template <class T>
-std::vector<T> to_host(const T* data, std::int64_t count) {
-  std::vector<T> host(static_cast<std::size_t>(count));
-  require(cudaDeviceSynchronize());
-  require(cudaMemcpy(host.data(), data, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
-  return host;
-}
 inline std::vector<float> to_float(const std::vector<std::uint16_t>& halves) {
   std::vector<float> floats;
   for (const std::uint16_t h : halves) floats.push_back(packkv::half_to_float(h));

@@ -173,11 +173,11 @@ class cublas_peer {
     device_buffer<float> exact(p_.outputs());
     run_plain(p_, in_.data(), layout(by_head, 0), exact.data());
     run(w, by_head, 0);
-    const auto out = checks::to_float(checks::to_host(out_.data(), p_.hidden() * p_.heads + p_.outputs()));
+    const auto out = checks::to_float(to_host(out_.data(), p_.hidden() * p_.heads + p_.outputs()));
     std::vector<float> rows;
     for (int h = 0; h < p_.heads; ++h)
       rows.insert(rows.end(), out.begin() + h * out_stride(w), out.begin() + h * out_stride(w) + p_.row());
-    checks::require_close(name_of(w), rows, checks::to_host(exact.data(), p_.outputs()), p_.row(), 5e-3);
+    checks::require_close(name_of(w), rows, to_host(exact.data(), p_.outputs()), p_.row(), 5e-3);
   }
 
   timing::stopwatch& watch_;
@@ -239,8 +239,8 @@ class packed_gemv {
     run_plain(p_, in_.data(), {decoded.data() + (p_.keys() ? 0 : values), dim, p_.tokens * dim}, exact.data());
     run(0, nullptr);
     return checks::require_close(p_.keys() ? "key_gemv" : "value_gemv",
-                                 checks::to_float(checks::to_host(out_.data(), p_.outputs())),
-                                 checks::to_host(exact.data(), p_.outputs()), p_.row(), checks::query_bound);
+                                 checks::to_float(to_host(out_.data(), p_.outputs())),
+                                 to_host(exact.data(), p_.outputs()), p_.row(), checks::query_bound);
   }
 
  private:

@@ -178,7 +178,7 @@ class problem {
     const auto lanes = make_constants<Way>(b);
     require(cudaMemcpy(lanes_.data(), lanes.data(), sizeof(constants) * 32, cudaMemcpyHostToDevice));
     const std::int64_t planes = 1000;  // few enough for sums that wrap nowhere
-    const auto words = checks::to_host(codes_.data(), planes * plane::plane_words);
+    const auto words = to_host(codes_.data(), planes * plane::plane_words);
     for (std::int64_t p = 0; p < planes; ++p)
       for (int token = 0; token < 64; ++token)
         for (int channel = 0; channel < channels; ++channel) {
@@ -188,7 +188,7 @@ class problem {
         }
     run<Way>(0, planes, nullptr);
     const auto out =
-        checks::to_host(reinterpret_cast<const typename Way::sum_type*>(out_.data()), std::int64_t{blocks} * 512 * 4);
+        to_host(reinterpret_cast<const typename Way::sum_type*>(out_.data()), std::int64_t{blocks} * 512 * 4);
     double sums[8] = {};
     for (std::size_t i = 0; i < out.size(); ++i)
       sums[packkv::detail::fragment::c(static_cast<int>(i / 4 % 32), static_cast<int>(i % 4)).column] +=

@@ -4,7 +4,8 @@
 // the program ends at the first wrong byte.
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
-// bytes over time; bytes of codes come on top.
+// bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone.
+#include "decode_cache.cuh"
 #include "program.cuh"
 
 namespace pk = packkv;
@@ -54,12 +55,7 @@ class problem {
   }
   /// Of copy 0, with the reference's bytes and bits.
   void is_right() const {
-    const auto host = [](const auto* from, std::int64_t count) {
-      std::vector<std::decay_t<decltype(*from)>> x(static_cast<std::size_t>(count));
-      require(cudaMemcpy(x.data(), from, x.size() * sizeof(*from), cudaMemcpyDeviceToHost));
-      return x;
-    };
-    auto tensors = host(data_.data(), 2 * values_);
+    auto tensors = to_host(data_.data(), 2 * values_);
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(code_bytes()), 0xff);
     pk::input_view<4> k = keys(0), v = values(0);
     k.data = tensors.data(), v.data = tensors.data() + values_;
@@ -67,7 +63,7 @@ class problem {
     require(pk::reference::compress(k, v, nullptr, parameters, pages(codes.data(), 0), table(), report));
     compress(0, nullptr);
     require(cudaDeviceSynchronize());
-    const bool same_codes = host(pool_.data(), code_bytes()) == codes;
+    const bool same_codes = to_host(pool_.data(), code_bytes()) == codes;
     decompress(0, nullptr);
     require(cudaDeviceSynchronize());
     const auto out = [](const pk::input_view<4>& in) {
@@ -75,7 +71,7 @@ class problem {
                                 {in.extent[0], in.extent[1], in.extent[2], in.extent[3]});
     };
     require(pk::reference::decompress(pages(codes.data(), 0), table(), nullptr, parameters, out(k), out(v), report));
-    if (same_codes && host(data_.data(), 2 * values_) == tensors) return;
+    if (same_codes && to_host(data_.data(), 2 * values_) == tensors) return;
     std::fprintf(stderr, "WRONG RESULT: %s differs from the reference\n", same_codes ? "decompress" : "compress");
     std::exit(1);
   }
@@ -138,42 +134,124 @@ measured measure(int batch, int tokens, Call&& call) {
   return m;
 }
 
+/// New tokens of `steps` steps for `count` sequences, and their slots.
+class new_tokens {
+ public:
+  /// slot_of(step, i): of sequence i.
+  template <class SlotOf>
+  new_tokens(int steps, int count, SlotOf&& slot_of)
+      : steps(steps),
+        values(std::int64_t{count} * kv_heads * dim),
+        count_(count),
+        data_(2 * values * steps),
+        slots_(std::int64_t{steps} * count) {
+    random_cache_detail::fill_random<256><<<1024, 256>>>(data_.data(), 2 * values * steps, 7u);
+    std::vector<std::int64_t> all;
+    for (int step = 0; step < steps; ++step)
+      for (int i = 0; i < count; ++i) all.push_back(slot_of(step, i));
+    require(cudaMemcpy(slots_.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
+  }
+  const std::uint16_t* data() const { return data_.data(); }
+  template <class Format>
+  void store(int step, const pk::parameters<Format>& parameters, const pk::pages_view& pages,
+             cudaStream_t stream) const {
+    require(pk::store_tokens(tokens(2 * values * step), tokens(2 * values * step + values),
+                             slots_.data() + step * count_, parameters, pages, pk::exec{stream}));
+  }
+  /// The codes of all steps, in memory that was zero, are the reference's.
+  template <class Format>
+  void is_right(const pk::pages_view& zeroed, std::uint8_t* pool, std::int64_t bytes) const {
+    for (int step = 0; step < steps; ++step) store<Format>(step, {}, zeroed, nullptr);
+    const auto codes = to_host(pool, bytes);
+    const auto tensors = to_host(data_.data(), 2 * values * steps);
+    const auto slots = to_host(slots_.data(), std::int64_t{steps} * count_);
+    std::vector<std::uint8_t> expected(codes.size());
+    pk::pages_view pages = zeroed;
+    pages.key_data = expected.data() + (static_cast<std::uint8_t*>(zeroed.key_data) - pool);
+    pages.value_data = expected.data() + (static_cast<std::uint8_t*>(zeroed.value_data) - pool);
+    pk::device_report report{};
+    for (int step = 0; step < steps; ++step) {
+      pk::input_view<3> k = tokens(0), v = k;
+      k.data = tensors.data() + 2 * values * step, v.data = tensors.data() + 2 * values * step + values;
+      require(pk::reference::store_tokens(k, v, slots.data() + step * count_, pk::parameters<Format>{}, pages, report));
+    }
+    if (codes == expected) return;
+    std::fprintf(stderr, "WRONG RESULT: store_tokens differs from the reference\n");
+    std::exit(1);
+  }
+
+  const int steps;
+  const std::int64_t values;  ///< of K, and of V, of a step
+
+ private:
+  pk::input_view<3> tokens(std::int64_t begin) const {
+    return pk::make_input<3>(data_.data() + begin, pk::dtype::float16, {count_, kv_heads, dim});
+  }
+  const int count_;
+  device_buffer<std::uint16_t> data_;
+  device_buffer<std::int64_t> slots_;
+};
+
 /// store_tokens of one new token of each of `count` sequences, in pages of 64 tokens, the slots of 48 steps.
 template <class Format>
 measured measure_store(int count) {
-  constexpr int steps = 48, pages = 4096;
+  constexpr int pages = 4096;
   constexpr std::int64_t page_bytes = kv_heads * (Format::key_tile_bytes + Format::value_tile_bytes);
-  const std::int64_t values = std::int64_t{count} * kv_heads * dim;
   timing::stopwatch& watch = *program.watch;
-  device_buffer<std::uint16_t> data(2 * values * steps);
+  const new_tokens tokens(48, count,
+                          [](int step, int i) { return std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64; });
   device_buffer<std::uint8_t> pool(pages * page_bytes);
-  device_buffer<std::int64_t> slots(steps * count);
-  random_cache_detail::fill_random<256><<<1024, 256>>>(data.data(), 2 * values * steps, 7u);
-  std::vector<std::int64_t> all;
-  for (int step = 0; step < steps; ++step)
-    for (int i = 0; i < count; ++i) all.push_back(std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64);
-  require(cudaMemcpy(slots.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
+  require(cudaMemset(pool.data(), 0, static_cast<std::size_t>(pages * page_bytes)));
   pk::pages_view p;
   p.key_data = pool.data(), p.value_data = pool.data() + kv_heads * Format::key_tile_bytes;
   p.key_page_stride = p.value_page_stride = page_bytes;
   p.key_head_stride = Format::key_tile_bytes, p.value_head_stride = Format::value_tile_bytes;
   p.num_pages = pages, p.kv_heads = kv_heads, p.tiles_per_page = 1;
-  const auto tokens = [&](std::int64_t begin) {
-    return pk::make_input<3>(data.data() + begin, pk::dtype::float16, {count, kv_heads, dim});
-  };
-  timing::timed_call timed(watch, steps, [&](int i) {
-    require(pk::store_tokens(tokens(2 * values * i), tokens(2 * values * i + values), slots.data() + i * count,
-                             pk::parameters<Format>{}, p, pk::exec{watch.stream()}));
-  });
+  static bool checked = false;
+  if (!checked) tokens.is_right<Format>(p, pool.data(), pages * page_bytes);
+  checked = true;
+  timing::timed_call timed(watch, tokens.steps, [&](int i) { tokens.store<Format>(i, {}, p, watch.stream()); });
   device_buffer<uint4> sink(1);
-  const auto ceiling =
-      timing::read_ceiling(watch, data.data(), 4 * values, 4 * values, steps, sink.data(), program.sms);
+  const std::int64_t bytes = 4 * tokens.values;
+  const auto ceiling = timing::read_ceiling(watch, tokens.data(), bytes, bytes, tokens.steps, sink.data(), program.sms);
   measured m;
-  m.bytes = m.half_bytes = static_cast<double>(4 * values);
-  m.values = static_cast<double>(2 * values);
+  m.bytes = m.half_bytes = static_cast<double>(bytes);
+  m.values = static_cast<double>(2 * tokens.values);
   m.coded_bytes = m.values * (Format::key().bits_per_value() + Format::value().bits_per_value()) / 16;
   m.rounds = timing::time_calls({&timed, ceiling.get()});
   m.graph = timed.graph(), m.single = timed.single(), m.ceiling = ceiling->graph();
+  return m;
+}
+
+/// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, then
+/// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds.
+template <class Format>
+measured measure_step(int count) {
+  decode_case c;
+  c.batch = count, c.tokens = 4096;
+  timing::stopwatch& watch = *program.watch;
+  const decode_cache<Format> cache(c, storage::full);
+  const auto slot = [&](int, int i) {  // of the last token
+    return std::int64_t{cache.table[static_cast<std::size_t>((i + 1) * cache.row_tiles - 1)]} * 64 + 63;
+  };
+  const new_tokens tokens(cache.copies, count, slot);
+  timing::timed_call both(watch, cache.copies, [&](int i) {
+    tokens.store<Format>(i, cache.parameters, cache.view(i).pages, watch.stream());
+    cache.decode(i, watch.stream());
+  });
+  timing::timed_call alone(watch, cache.copies, [&](int i) { cache.decode(i, watch.stream()); });
+  device_buffer<uint4> sink(1);
+  const auto ceiling = timing::read_ceiling(watch, cache.pool(), cache.copy_bytes, cache.copy_stride(), cache.copies,
+                                            sink.data(), program.sms);
+  measured m;
+  m.bytes = static_cast<double>(cache.copy_bytes);
+  m.coded_bytes = static_cast<double>(cache.coded_bytes);
+  m.values = static_cast<double>(cache.values());
+  m.half_bytes = 2.0 * m.values;
+  m.peer_note = "decode_attention alone";
+  m.rounds = timing::time_calls({&both, &alone, ceiling.get()});
+  m.graph = both.graph(), m.single = both.single(), m.ceiling = m.peer_ceiling = ceiling->graph();
+  m.peer = alone.graph(), m.peer_single = alone.single();
   return m;
 }
 
@@ -190,6 +268,8 @@ void add_format(const std::string& format) {
   }
   for (const int count : {1, 64, 512})
     add("store_tokens/" + format + "/" + std::to_string(count), [=] { return measure_store<Format>(count); });
+  for (const int count : {1, 64})
+    add("step/" + format + "/" + std::to_string(count), [=] { return measure_step<Format>(count); });
 }
 
 void add_all() {

@@ -57,8 +57,8 @@ class packed_side {
     gemv::run_plain(p_, in_.data(), {decoded.data(), gemv::dim, p_.tokens * gemv::dim}, exact.data());
     run(0, nullptr);
     return checks::require_close(p_.keys() ? "key_gemv on packs" : "value_gemv on packs",
-                                 checks::to_float(checks::to_host(out_.data(), p_.outputs())),
-                                 checks::to_host(exact.data(), p_.outputs()), p_.row(), checks::query_bound);
+                                 checks::to_float(to_host(out_.data(), p_.outputs())),
+                                 to_host(exact.data(), p_.outputs()), p_.row(), checks::query_bound);
   }
 
  private:

@@ -130,6 +130,13 @@ TEST_CASE("a refused compress launches nothing") {
   CHECK(pk::compress(cache.keys.device(), cache.values.device(), nullptr, cache.gpu_parameters(), pages,
                      cache.gpu_table(), cache.exec())
             .code == pk::status_code::misaligned);
+  // As many tokens as 31 bits cannot count, which lie on top of one another.
+  const device_array<std::int64_t> slots(std::vector<std::int64_t>(1));
+  pk::input_view<3> k = one_by_one(cache.keys.device()), v = one_by_one(cache.values.device());
+  k.extent[0] = v.extent[0] = (std::int64_t{1} << 31) / cache.shape.kv_heads + 1;
+  k.stride[0] = v.stride[0] = 0;
+  CHECK(pk::store_tokens(k, v, slots.data(), cache.gpu_parameters(), cache.gpu_pages(), cache.exec()).code ==
+        pk::status_code::overflow);
   CHECK((cache.device_pages.host() == before));
 }
 

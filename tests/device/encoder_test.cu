@@ -173,6 +173,15 @@ using led = pk::cache_format<pk::key_codec<128, pk::hadamard, pk::rms_scale, pk:
 using in_basis = pk::cache_format<pk::key_codec<128, pk::basis, pk::rms_scale, pk::plan<4, 2, 1, 1>>,
                                   pk::value_codec<96, pk::permutation, pk::rms_scale, pk::plan<4, 4, 3, 2, 2, 1>>>;
 
+// Channels of 6, 8 and 16 registers of a lane; strips whose numbers are multiples, or not.
+using dim_192 = pk::cache_format<
+    pk::key_codec<192, pk::hadamard, pk::rms_scale, pk::plan<8, 4, 3, 2, 1, 0>>,
+    pk::value_codec<256, pk::hadamard, pk::rms_scale, pk::plan<8, 8, 4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 0, 0>>>;
+using dim_512 =
+    pk::cache_format<pk::key_codec<512, pk::hadamard, pk::rms_scale,
+                                   pk::plan<4, 4, 4, 3, 3, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0>, pk::leading<4>>,
+                     pk::value_codec<64, pk::hadamard, pk::rms_scale, pk::plan<3, 3, 3, 3>>>;
+
 /// Tokens in random order, some twice, into pages of garbage.
 template <class Format>
 void check_tokens(random_source& random) {
@@ -192,6 +201,11 @@ TEST_CASE("tokens of plans that are known at compile time, stored one by one, gi
     INFO("round " << round);
     random_source random(static_cast<unsigned>(8400 + round));
     check_tokens<turned>(random);
+    check_tokens<two_bit>(random);
+    check_tokens<dim_64>(random);
+    check_tokens<dim_96>(random);
+    check_tokens<dim_192>(random);
+    check_tokens<dim_512>(random);
     check_tokens<led>(random);
     check_tokens<in_basis>(random);
   }

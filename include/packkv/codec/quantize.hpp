@@ -42,7 +42,7 @@ PACKKV_HOST_DEVICE inline std::uint16_t row_scale_bits(double sum_of_squares, in
   const double mean =
       power_of_two ? sum_of_squares * (1.0 / count) : div_rn(sum_of_squares, static_cast<double>(count));
   const float rms = static_cast<float>(sqrt_rn(mean));
-  const std::uint16_t bits = float_to_half(rms);
+  const std::uint16_t bits = half_bits_rn(rms);
   return bits >= 0x7c00u ? std::uint16_t{0x7fffu} : bits;
 }
 

@@ -47,6 +47,19 @@ PACKKV_HOST_DEVICE constexpr Integer ceil_div(Integer a, Integer b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
+namespace detail {
+
+/// a / b and a % b for a >= 0, b > 0; in 32 bits, which take a fifth of the time, where a has no more.
+struct quotient {
+  std::int64_t whole;
+  std::int32_t rest;
+  PACKKV_HOST_DEVICE quotient(std::int64_t a, std::int32_t b)
+      : whole(a <= 0xffffffff ? static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b) : a / b),
+        rest(static_cast<std::int32_t>(a - whole * b)) {}
+};
+
+}  // namespace detail
+
 /// Minimum and maximum that survive `#define min` and need no host header on the device.
 template <class T>
 PACKKV_HOST_DEVICE constexpr T min_of(T a, T b) {

@@ -75,6 +75,21 @@ PACKKV_HOST_DEVICE inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(detail::half_format::encode(x));
 }
 
+namespace detail {
+
+/// float_to_half(x), but for the bits of a NaN.
+PACKKV_HOST_DEVICE inline std::uint16_t half_bits_rn(float x) {
+#if defined(__CUDA_ARCH__)
+  std::uint16_t bits;
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  return float_to_half(x);
+#endif
+}
+
+}  // namespace detail
+
 /// bfloat16: the upper half of a float. Every NaN encodes to 0x7fff (or 0xffff).
 PACKKV_HOST_DEVICE inline float bfloat16_to_float(std::uint16_t bits) {
   return detail::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);

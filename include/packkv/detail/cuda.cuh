@@ -261,6 +261,16 @@ status compiled_architecture([[maybe_unused]] void (*kernel)(Parameter...), int&
 #endif
 }
 
+/// As launch, for a kernel that begins with wait_for_kernel_before: early where code of sm_90 or later runs.
+template <class... Parameter>
+status launch_early(void (*kernel)(Parameter...), dim3 grid, block_size block, cudaStream_t stream,
+                    Parameter... parameter) {
+  int architecture = 0;
+  if (const status s = compiled_architecture(kernel, architecture); !s) return s;
+  block.early = architecture >= 900;
+  return launch(kernel, grid, block, stream, parameter...);
+}
+
 /// Zeroes memory in stream order.
 inline status clear(void* p, std::size_t bytes, cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(p, 0, bytes, stream);

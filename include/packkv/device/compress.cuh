@@ -63,7 +63,7 @@ status compress_side(const kernel::side_args& s, const kernel::compress_args& a,
     if (encoder_serves<Codec>(s.parameters, in))
       return launch(
           in.type == dtype::bfloat16 ? kernel::fused_compress<Codec, true> : kernel::fused_compress<Codec, false>,
-          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, stream, s, a, in);
+          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, stream, a, in);
   return launch(kernel::compress<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, stream, s, a, in);
 }
 
@@ -74,8 +74,7 @@ status decompress_side(const kernel::side_args& s, const kernel::compress_args& 
     if (encoder_serves<Codec>(s.parameters, out) && out.type != dtype::float32)
       return launch(
           out.type == dtype::bfloat16 ? kernel::fused_decompress<Codec, true> : kernel::fused_decompress<Codec, false>,
-          grid_for(ceil_div<std::int64_t>(tiles, policy::decoder_warps)), policy::decoder_warps * 32, stream, s, a,
-          out);
+          grid_for(ceil_div<std::int64_t>(tiles, policy::decoder_warps)), policy::decoder_warps * 32, stream, a, out);
   return launch(kernel::decompress<HeadDim>, grid_for(ceil_div<std::int64_t>(tokens, kernel::compress_warps)),
                 kernel::compress_warps * 32, stream, s, a, out);
 }
@@ -88,8 +87,7 @@ status store_tiles_of_side(const kernel::side_args& s, const pages_view& pages, 
     if (encoder_serves<Codec>(s.parameters, in))
       return launch(
           in.type == dtype::bfloat16 ? kernel::fused_store_tiles<Codec, true> : kernel::fused_store_tiles<Codec, false>,
-          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, e.stream, s, pages, in, moves, n,
-          e.report);
+          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, e.stream, pages, in, moves, n, e.report);
   return launch(kernel::store_tiles<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, e.stream, s, pages, in,
                 moves, n, e.report);
 }
@@ -149,27 +147,32 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
                                                                     items.value(), e.stream);
 }
 
-/// Codes n single tokens into their slots, in stream order; capturable in a graph.
+/// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later plans that are
+/// known at compile time are launched with programmatic stream serialization, as decode_attention is.
 /// \param keys,values device memory [n, kv_heads, D_k / D_v], float16 or bfloat16, any strides (bytes).
 /// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
 ///        tokens are untouched. Slots beyond the pages are skipped and reported. Uses no workspace.
-/// \return unsupported for keys that are grouped along tokens: code their tiles with store_tiles when they are full.
+/// \return unsupported for keys that are grouped along tokens: code their tiles with store_tiles when they are full;
+///         overflow for 2^31 tokens x KV heads or (nearly) as many.
 template <class Format>
 status store_tokens(const input_view<3>& keys, const input_view<3>& values, const std::int64_t* slots,
                     const parameters<Format>& params, const pages_view& pages, const exec& e) {
   if (const status s = detail::check_kv(params, pages, keys, values); !s) return s;
   if (const status s = detail::check_token_encoder(params); !s) return s;
   if (slots == nullptr && keys.extent[0] > 0) return refuse(status_code::invalid_argument, "slots is null");
-  const std::int64_t items = keys.extent[0] * keys.extent[1];
-  if (items == 0) return {};
-  const auto key = detail::key_side(params), value = detail::value_side(params);
+  const checked items = checked(keys.extent[0]) * keys.extent[1];
+  if (!items.valid() || items.value() > 0x7fffffff - kernel::token_warps)
+    return refuse(status_code::overflow, "more tokens of heads than 31 bits can count: cut the call into smaller ones");
+  if (items.value() == 0) return {};
   if constexpr (detail::has_plans<Format>) {
-    const std::int64_t blocks = min_of<std::int64_t>(ceil_div<std::int64_t>(items, kernel::token_warps), 1 << 29);
-    return detail::launch(kernel::store_tokens_of_plans<Format>, detail::grid_for(2 * blocks), kernel::token_warps * 32,
-                          e.stream, key, value, pages, keys, values, slots, e.report);
+    const kernel::plan_tokens_args args{params.key, params.value, pages, keys, values, slots, e.report};
+    dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::token_warps));
+    grid.y = 2;
+    return detail::launch_early(kernel::store_tokens_of_plans<Format>, grid, kernel::token_warps * 32, e.stream, args);
   } else {
-    const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items, kernel::compress_warps));
+    const auto key = detail::key_side(params), value = detail::value_side(params);
+    const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));
     constexpr int threads = kernel::compress_warps * 32;
     if (const status s = detail::launch(kernel::store_tokens<Format::key_head_dim>, grid, threads, e.stream, key, pages,
                                         keys, slots, e.report);

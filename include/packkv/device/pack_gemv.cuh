@@ -35,10 +35,8 @@ inline status make_pack_grid(int rows, const policy::pack_shape& shape, std::int
 template <class... Parameter>
 status launch_pack_kernel(void (*kernel)(Parameter...), std::int64_t blocks, const policy::pack_shape& shape,
                           cudaStream_t stream, Parameter... parameter) {
-  int architecture = 0;
-  if (const status s = compiled_architecture(kernel, architecture); !s) return s;
-  return launch(kernel, grid_for(blocks),
-                block_size(shape.warps * warp_threads, shape.shared_bytes, architecture >= 900), stream, parameter...);
+  return launch_early(kernel, grid_for(blocks), block_size(shape.warps * warp_threads, shape.shared_bytes), stream,
+                      parameter...);
 }
 
 template <int HeadDim, int Rows, warp::copy_engine Engine>

@@ -87,7 +87,7 @@ template <bool BFloat>
 inline status find_median_order(const kernel::pack_args& value, std::uint8_t* order, const exec& e) {
   constexpr int warps = kernel::median_warps;
   const auto run = [&](auto function) {
-    return launch(function, grid_for(value.blocks), warps * warp_threads, e.stream, value, order);
+    return launch_early(function, grid_for(value.blocks), warps * warp_threads, e.stream, value, order);
   };
   if (!kernel::medians_in_registers(value.format)) return run(kernel::order_by_counts<BFloat, warps>);
   return value.format.value.head_dim == usual_head_dim ? run(kernel::order_by_median<BFloat, usual_head_dim, warps>)
@@ -172,14 +172,14 @@ inline status encode_packs(const kernel::pack_encode_args& args, cudaStream_t st
       return r;
   }
   constexpr int threads = 256;
-  if (const status s = launch(kernel::clear_offsets<threads>,
-                              grid_for(ceil_div<std::int64_t>(max_of(offsets[0], offsets[1]), threads)), threads,
-                              stream, args.key.args.out.offsets, offsets[0], args.value.args.out.offsets, offsets[1]);
+  if (const status s = launch_early(
+          kernel::clear_offsets<threads>, grid_for(ceil_div<std::int64_t>(max_of(offsets[0], offsets[1]), threads)),
+          threads, stream, args.key.args.out.offsets, offsets[0], args.value.args.out.offsets, offsets[1]);
       !s)
     return s;
   const auto run = [&](auto function) {
-    return launch(function, grid_for(args.key.units + args.value.units),
-                  block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
+    return launch_early(function, grid_for(args.key.units + args.value.units),
+                        block_size(kernel::encode_warps * warp_threads, shared_bytes), stream, args);
   };
   if constexpr (PackSize >= usual_pack_size)
     if (has_usual_encoder(args.key.args.format)) return run(kernel::encode_packs<BFloat, PackSize, usual_head_dim>);

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <packkv/detail/report.cuh>
-#include <packkv/warp/token_codec.cuh>
+#include <packkv/warp/plan_token.cuh>
 
 namespace packkv::kernel {
 
@@ -27,9 +27,10 @@ struct compress_args {
   device_report* report;
 };
 
-__device__ inline std::uint8_t* tile_address(const side_args& s, const pages_view& pages, std::int64_t page, int head,
-                                             int slot) {
-  return s.which == side::key ? key_tile(pages, s.spec, page, head, slot) : value_tile(pages, s.spec, page, head, slot);
+// `spec` below is a constant where the codec is known at compile time: places in pages take few instructions then.
+__device__ inline std::uint8_t* tile_address(side which, const codec_spec& spec, const pages_view& pages,
+                                             std::int64_t page, int head, int slot) {
+  return which == side::key ? key_tile(pages, spec, page, head, slot) : value_tile(pages, spec, page, head, slot);
 }
 
 /// Codes a tile of one KV head from `count` tokens; token(t) is the address of the channels of its token t, which lie
@@ -81,8 +82,8 @@ struct compress_place {
   int head = 0, count = 0;
 };
 /// Items are (sequence, head, tile index), the last one fastest.
-__device__ inline compress_place compress_place_of(const side_args& s, const compress_args& a, std::int64_t item,
-                                                   std::uint32_t& flags) {
+__device__ inline compress_place compress_place_of(side which, const codec_spec& spec, const compress_args& a,
+                                                   std::int64_t item, std::uint32_t& flags) {
   using namespace packkv::detail;
   const std::int64_t tiles = ceil_div(a.max_tokens, tile_tokens), index = item % tiles;
   compress_place at;
@@ -93,7 +94,8 @@ __device__ inline compress_place compress_place_of(const side_args& s, const com
   if (at.first >= length) return at;
   at.count = static_cast<int>(min_of<std::int64_t>(tile_tokens, length - at.first));
   const std::int32_t page = find_page(a.table, a.pages.num_pages, at.b, index / a.pages.tiles_per_page, flags);
-  if (page >= 0) at.tile = tile_address(s, a.pages, page, at.head, static_cast<int>(index % a.pages.tiles_per_page));
+  if (page >= 0)
+    at.tile = tile_address(which, spec, a.pages, page, at.head, static_cast<int>(index % a.pages.tiles_per_page));
   return at;
 }
 __device__ inline std::int64_t compress_items(const compress_args& a) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
   std::uint32_t flags = 0, clamps = 0;
   for (std::int64_t item = blockIdx.x; item < compress_items(a); item += gridDim.x) {
     std::uint32_t table_flags = 0;
-    const compress_place at = compress_place_of(s, a, item, table_flags);
+    const compress_place at = compress_place_of(s.which, s.spec, a, item, table_flags);
     if (at.tile != nullptr)  // the same for all threads of the block
       encode_tile<HeadDim>(
           s.spec, of_head(s.spec, s.parameters, at.head), at.count,
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
     encode_tile<HeadDim>(
         s.spec, of_head(s.spec, s.parameters, head), tile_tokens,
         [&](int t) { return address(in, move.row, head, (std::int64_t{move.first} + t) % in.extent[2], 0); },
-        in.stride[3], in.type, tile_address(s, pages, to.page, head, to.slot), words, flags, clamps);
+        in.stride[3], in.type, tile_address(s.which, s.spec, pages, to.page, head, to.slot), words, flags, clamps);
   }
   detail::add_report(report, flags, clamps);
 }
@@ -164,7 +166,8 @@ __global__ void __launch_bounds__(compress_warps * 32)
     if (page < 0) {
       for (int i = 0; i < HeadDim / 32; ++i) sink(lane_id() + 32 * i, nan_float());
     } else {
-      const std::uint8_t* tile = tile_address(s, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
+      const std::uint8_t* tile =
+          tile_address(s.which, s.spec, a.pages, page, head, static_cast<int>(index % a.pages.tiles_per_page));
       warp::decode_token<HeadDim>(s.spec, of_head(s.spec, s.parameters, head), tile, static_cast<int>(t % tile_tokens),
                                   sink);
     }
@@ -177,19 +180,15 @@ struct token_place {
   std::uint8_t* tile;
   int slot;
 };
-__device__ inline token_place token_place_of(const side_args& s, const pages_view& pages, std::int64_t slot, int head,
-                                             std::uint32_t& flags) {
+__device__ inline token_place token_place_of(side which, const codec_spec& spec, const pages_view& pages,
+                                             std::int64_t slot, int head, std::uint32_t& flags) {
   if (slot < 0) return {nullptr, 0};
-  const std::int64_t tile = slot / tile_tokens;
-  const bool short_count = tile < 0x7fffffff;  // a division of 32 bits takes a fifth of the time
-  const std::int64_t page =
-      short_count ? static_cast<std::int32_t>(tile) / pages.tiles_per_page : tile / pages.tiles_per_page;
-  if (page >= pages.num_pages) {
+  const detail::quotient page(slot / tile_tokens, pages.tiles_per_page);
+  if (page.whole >= pages.num_pages) {
     if (detail::lane_id() == 0) flags |= report_page_out_of_range;
     return {nullptr, 0};
   }
-  return {tile_address(s, pages, page, head, static_cast<int>(tile - page * pages.tiles_per_page)),
-          static_cast<int>(slot % tile_tokens)};
+  return {tile_address(which, spec, pages, page.whole, head, page.rest), static_cast<int>(slot % tile_tokens)};
 }
 
 /// Codes n single tokens of one side into live pages; a warp per (token, head).
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
        item < in.extent[0] * pages.kv_heads; item += static_cast<std::int64_t>(gridDim.x) * compress_warps) {
     const std::int64_t i = item / pages.kv_heads;
     const int head = static_cast<int>(item % pages.kv_heads);
-    const token_place at = token_place_of(s, pages, slots[i], head, flags);
+    const token_place at = token_place_of(s.which, s.spec, pages, slots[i], head, flags);
     if (at.tile == nullptr) continue;
     const char* token = static_cast<const char*>(address(in, i, head, 0));
     warp::encode_token<HeadDim>(
@@ -214,42 +213,48 @@ __global__ void __launch_bounds__(compress_warps * 32)
   detail::add_report(report, flags, clamps);
 }
 
-/// Codes n single tokens of one side into live pages, by blocks `block` of `blocks`; a warp per (token, head).
+/// A call of store_tokens for plans.
+struct plan_tokens_args {
+  side_parameters key, value;
+  pages_view pages;
+  input_view<3> keys, values;  ///< [n, kv_heads, channels]
+  const std::int64_t* slots;
+  device_report* report;
+};
+
+/// Codes one side of token `item / kv_heads` into a live page; by a warp.
 template <class Codec>
-__device__ inline void store_plan_tokens(const side_args& s, const pages_view& pages, const input_view<3>& in,
-                                         const std::int64_t* slots, int block, int blocks, device_report* report) {
+__device__ inline void store_plan_token(const plan_tokens_args& a, const side_parameters& s, const input_view<3>& in,
+                                        std::int32_t item) {
   using namespace packkv::detail;
+  constexpr codec_spec spec = Codec::spec();
+  const quotient token(item, a.pages.kv_heads);
+  const std::int64_t slot = a.slots[token.whole];
+  // The token is loaded before its slot is known.
+  const char* channels = static_cast<const char*>(address(in, token.whole, token.rest, 0));
+  const head_parameters parameters = of_head(spec, s, token.rest);
+  float y[Codec::head_dim / 32];
+  const bool finite = warp::to_coded_basis<Codec::head_dim>(
+      spec, parameters,
+      [&](int c) { return warp::element_of_bits(warp::load_bits(channels + c * in.stride[2], in.type), in.type); }, y);
   std::uint32_t flags = 0, clamps = 0;
-  for (std::int64_t item = static_cast<std::int64_t>(block) * token_warps + warp_id();
-       item < in.extent[0] * pages.kv_heads; item += static_cast<std::int64_t>(blocks) * token_warps) {
-    const std::int64_t i = item / pages.kv_heads, slot = slots[i];
-    const int head = static_cast<int>(item - i * pages.kv_heads);
-    // The token is loaded before its slot is known.
-    const char* token = static_cast<const char*>(address(in, i, head, 0));
-    const head_parameters parameters = of_head(s.spec, s.parameters, head);
-    float y[Codec::head_dim / 32];
-    constexpr codec_spec spec = Codec::spec();
-    const bool finite = warp::to_coded_basis<Codec::head_dim>(
-        spec, parameters, [&](int c) { return load_element(token + c * in.stride[2], in.type); }, y);
-    const token_place at = token_place_of(s, pages, slot, head, flags);
-    if (at.tile != nullptr) warp::store_plan_token<Codec>(parameters, y, finite, at.slot, at.tile, flags, clamps);
-  }
-  detail::add_report(report, flags, clamps);
+  const token_place at = token_place_of(spec.strips.which, spec, a.pages, slot, token.rest, flags);
+  if (at.tile != nullptr) warp::store_plan_token<Codec>(parameters, y, finite, at.slot, at.tile, flags, clamps);
+  detail::add_report(a.report, flags, clamps);
 }
 
-/// Codes n single tokens of both sides, whose codecs are plans; the first half of the blocks, of which there is an even
-/// number, has keys.
+/// Codes n single tokens of both sides, whose codecs are plans; a warp for a token and a head, of which there are fewer
+/// than 2^31. Grid: y = 0 has keys, y = 1 values.
 template <class Format>
-__global__ void __launch_bounds__(token_warps * 32)
-    store_tokens_of_plans(const __grid_constant__ side_args key, const __grid_constant__ side_args value,
-                          const __grid_constant__ pages_view pages, const __grid_constant__ input_view<3> keys,
-                          const __grid_constant__ input_view<3> values, const std::int64_t* slots,
-                          device_report* report) {
-  const int blocks = static_cast<int>(gridDim.x / 2), block = static_cast<int>(blockIdx.x);
-  if (block < blocks)
-    store_plan_tokens<typename Format::key_codec_type>(key, pages, keys, slots, block, blocks, report);
+__global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const __grid_constant__ plan_tokens_args a) {
+  detail::touch_parameters(a);
+  detail::wait_for_kernel_before();
+  const auto item = static_cast<std::int32_t>(blockIdx.x * token_warps) + detail::warp_id();
+  if (item >= a.keys.extent[0] * a.pages.kv_heads) return;
+  if (blockIdx.y == 0)
+    store_plan_token<typename Format::key_codec_type>(a, a.key, a.keys, item);
   else
-    store_plan_tokens<typename Format::value_codec_type>(value, pages, values, slots, block - blocks, blocks, report);
+    store_plan_token<typename Format::value_codec_type>(a, a.value, a.values, item);
 }
 
 }  // namespace packkv::kernel

@@ -144,12 +144,13 @@ struct pack_tail {
       const auto* const token =
           static_cast<const char*>(address(from, unit.b, unit.head, first + min_of(t, count - 1), lane_id()));
 #pragma unroll
-      for (int i = 0; i < Channels; ++i) bits[t][i] = load_bits(token + i * warp_threads * from.stride[3], from.type);
+      for (int i = 0; i < Channels; ++i)
+        bits[t][i] = warp::load_bits(token + i * warp_threads * from.stride[3], from.type);
     }
 #pragma unroll
     for (int t = 0; t < tokens; ++t)
 #pragma unroll
-      for (int i = 0; i < Channels; ++i) x[t][i] = element_of_bits(bits[t][i], from.type);
+      for (int i = 0; i < Channels; ++i) x[t][i] = warp::element_of_bits(bits[t][i], from.type);
   }
 };
 

@@ -74,6 +74,7 @@ struct encode_unit {
 template <int Threads>
 __global__ void __launch_bounds__(Threads)
     clear_offsets(std::int64_t* a, std::int64_t count_a, std::int64_t* b, std::int64_t count_b) {
+  packkv::detail::wait_for_kernel_before();
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Threads + threadIdx.x; i < count_a || i < count_b;
        i += static_cast<std::int64_t>(gridDim.x) * Threads) {
     if (i < count_a) a[i] = 0;
@@ -176,6 +177,8 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
   constexpr int groups = tile_tokens / PackSize;
   constexpr bool in_place = stages_in_place(HeadDim);
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id();
+  touch_parameters(args);
+  wait_for_kernel_before();
   if (thread == 0) {
     std::int64_t* const first = args.key.units > 0 ? args.key.args.out.offsets : args.value.args.out.offsets;
     unit.number = atomicInc(reinterpret_cast<unsigned*>(first), gridDim.x - 1);

@@ -134,15 +134,6 @@ struct pack_value_warp {
   }
 };
 
-/// The bits of an element of a type, and what they are: a load that nobody waits for before it is used.
-__device__ inline std::uint32_t load_bits(const void* p, dtype type) {
-  return type == dtype::float32 ? *static_cast<const std::uint32_t*>(p) : *static_cast<const std::uint16_t*>(p);
-}
-__device__ inline float element_of_bits(std::uint32_t bits, dtype type) {
-  if (type == dtype::float32) return detail::bit_cast<float>(bits);
-  return type == dtype::float16 ? detail::unpack_16bit<false>(bits).low : detail::unpack_16bit<true>(bits).low;
-}
-
 /// Coordinates of a block: grid = units * splits, a unit being a batch row, a KV head and Rows of its query heads.
 template <int Rows>
 struct pack_unit {
@@ -277,7 +268,7 @@ __global__ void __launch_bounds__(pack_value_warp<HeadDim, Rows, Engine>::shape(
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       if (r < unit.rows)
-        for (int j = 0; j < 2; ++j) next[j][r] = load_bits(from[r] + j * lanes, a.in.type);
+        for (int j = 0; j < 2; ++j) next[j][r] = warp::load_bits(from[r] + j * lanes, a.in.type);
       from[r] += step_of_tile;
     }
   };
@@ -288,7 +279,7 @@ __global__ void __launch_bounds__(pack_value_warp<HeadDim, Rows, Engine>::shape(
     float weights[2][Rows];
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int r = 0; r < Rows; ++r) weights[j][r] = element_of_bits(next[j][r], a.in.type);
+      for (int r = 0; r < Rows; ++r) weights[j][r] = warp::element_of_bits(next[j][r], a.in.type);
     if (tiles.tile() + warps < unit.end) load();
     if (tiles.good())
       sum.weigh(weights, tiles.steps(), integer_zero, unit.rows);

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(Warps * 32)
   using namespace packkv::detail;
   using chunk_type = warp::pack_chunk<BFloat, HeadDim>;
   __shared__ int median[tile_tokens];
+  wait_for_kernel_before();
   const pack_codec& codec = a.format.codec(a.which);
   const int heads = a.format.kv_heads;
   const bool of_heads = codec.granularity == pack_granularity::vector;
@@ -104,6 +105,7 @@ __global__ void __launch_bounds__(Warps * 32)
   using namespace packkv::detail;
   __shared__ std::uint32_t count[Warps][max_pack_code + 1];
   __shared__ int median[tile_tokens];
+  wait_for_kernel_before();
   const pack_codec& codec = a.format.codec(a.which);
   const int heads = a.format.kv_heads;
   const std::int64_t channels = std::int64_t{a.format.batch} * heads * codec.head_dim;

@@ -1,11 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of the 16-bit, FP8 and grouped tiles, as stored.
+// Elements of tensors, and of the 16-bit, FP8 and grouped tiles, as stored.
 #pragma once
 
 #include <packkv/codec/grouped_quantize.hpp>
-#include <packkv/detail/cuda.cuh>
+#include <packkv/detail/approx.cuh>
 
 namespace packkv::warp {
+
+/// The bits of an element of a type, and what they are, but for the bits of a NaN: a load that nobody waits for before
+/// it is used.
+__device__ inline std::uint32_t load_bits(const void* p, dtype type) {
+  return type == dtype::float32 ? *static_cast<const std::uint32_t*>(p) : *static_cast<const std::uint16_t*>(p);
+}
+__device__ inline float element_of_bits(std::uint32_t bits, dtype type) {
+  if (type == dtype::float32) return detail::bit_cast<float>(bits);
+  return type == dtype::float16 ? detail::unpack_16bit<false>(bits).low : detail::unpack_16bit<true>(bits).low;
+}
 
 /// Element `index` (token * head_dim + channel) of a tile without codes; FP8 without its tensor scale.
 __device__ inline float stored_element(codec_kind kind, const std::uint8_t* tile, int index) {

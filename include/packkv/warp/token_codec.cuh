@@ -118,13 +118,13 @@ __device__ inline void encode_elements(const codec_spec& spec, const head_parame
   if (overflow) flags |= report_scale_overflow;
 }
 
-/// Codes a token y in the coded basis of a plan; place_of(index) is the code_place of channel lane + 32 * index of the
-/// token, `index` an integral_constant. put_writes(code_writes) stores its fields, by all lanes. `finite`: whether the
-/// elements were. Otherwise as encode_token.
-template <int HeadDim, class PlaceOf, class PutWrites>
+/// Codes a token y in the coded basis of a plan; place_of(index) is the code_place of channel lane + 32 * index,
+/// `index` an integral_constant, or something with its width, and put_code(index, place, code) takes its code, 0 where
+/// it has none. `finite`: whether the elements were. Otherwise as encode_token.
+template <int HeadDim, class PlaceOf, class PutCode>
 __device__ inline void encode_plan_token(const codec_spec& spec, const head_parameters& head,
                                          const float (&y)[HeadDim / 32], bool finite, int token, std::uint8_t* tile,
-                                         PlaceOf&& place_of, PutWrites&& put_writes, std::uint32_t& flags,
+                                         PlaceOf&& place_of, PutCode&& put_code, std::uint32_t& flags,
                                          std::uint32_t& clamps) {
   using namespace packkv::detail;
   const int lane = lane_id();
@@ -139,7 +139,7 @@ __device__ inline void encode_plan_token(const codec_spec& spec, const head_para
   const std::uint16_t scale_bits =
       finite && in_range ? row_scale_bits(sum, HeadDim - spec.leading) : std::uint16_t{0x7fff};
   const bool valid = scale_bits != 0x7fff;
-  const float row = half_to_float(scale_bits);
+  const float row = unpack_16bit<false>(scale_bits).low;
   if (lane == 0) {
     if (!finite)
       flags |= report_nonfinite_input;
@@ -150,11 +150,10 @@ __device__ inline void encode_plan_token(const codec_spec& spec, const head_para
   for_constants<HeadDim / 32>([&](auto index) {
     constexpr int i = decltype(index)::value;
     const int c = lane + 32 * i;
-    const code_place place = place_of(index);
+    const auto place = place_of(index);
     const bool coded = valid && place.width > 0 && c >= spec.leading;
-    const std::uint32_t code =
-        coded ? encode_element(y[i], mul_rn(row, column_of(head, place.width, c)), place.width) : 0u;
-    put_writes(split_code(place, code));
+    put_code(index, place,
+             coded ? encode_element(y[i], mul_rn(row, column_of(head, place.width, c)), place.width) : 0u);
   });
   if (lane < spec.leading) {
     bool clamped = false;
@@ -183,35 +182,11 @@ __device__ inline void encode_token(const codec_spec& spec, const head_parameter
         constexpr int i = decltype(index)::value;
         return locate(spec.strips, token, detail::lane_id() + 32 * i);
       },
-      [&](const code_writes& all) {
+      [&](auto, const code_place& place, std::uint32_t code) {
+        const code_writes all = split_code(place, code);
         for (int w = 0; w < all.count; ++w) put_bits(all.write[w]);
       },
       flags, clamps);
-}
-
-/// Place of the code of channel lane + 32 * Index of a token, of a plan that is known at compile time.
-template <class Codec, int Index>
-__device__ inline code_place place_in_plan(int token) {
-  constexpr strip_layout strips = Codec::spec().strips;
-  const int channel = detail::lane_id() + 32 * Index;
-  const auto in_strip = [&](auto strip) {
-    constexpr int s = decltype(strip)::value, width = strips.width[s], low_bits = width == 3 ? 2 : width;
-    const auto field = [&](auto bits, int base) {
-      return strips.which == side::key
-                 ? packkv::detail::key_field(decltype(bits)::value, base, strips.channels, token, channel)
-                 : packkv::detail::value_field(decltype(bits)::value, base, token, channel);
-    };
-    code_place place{width, {0, 0}, {0, 0}};
-    if (width > 0) place.low = field(std::integral_constant<int, low_bits>{}, strips.low[s]);
-    if (width == 3) place.high = field(std::integral_constant<int, 1>{}, strips.high[s]);
-    return place;
-  };
-  constexpr int next = 2 * Index + 1;  // strip
-  if constexpr (strips.channels == 32)
-    return in_strip(std::integral_constant<int, Index>{});
-  else
-    return detail::lane_id() < 16 ? in_strip(std::integral_constant<int, next - 1>{})
-                                  : in_strip(std::integral_constant<int, next>{});
 }
 
 /// Stores fields of code words of a tile whose other bits belong to others, who may store theirs at the same time.
@@ -226,33 +201,6 @@ class shared_words {
  private:
   std::uint32_t* words_;
 };
-
-/// Codes a token y in the coded basis of a plan that is known at compile time, into a tile that others may change at
-/// the same time: the bytes of encode_token by fewer instructions. All lanes take part.
-template <class Codec>
-__device__ inline void store_plan_token(const head_parameters& head, const float (&y)[Codec::head_dim / 32],
-                                        bool finite, int token, std::uint8_t* tile, std::uint32_t& flags,
-                                        std::uint32_t& clamps) {
-  constexpr codec_spec spec = Codec::spec();
-  constexpr bool keys = spec.strips.which == side::key;
-  static_assert(spec.kind == codec_kind::plan, "a plan");
-  encode_plan_token<Codec::head_dim>(
-      spec, head, y, finite, token, tile,
-      [&](auto index) { return place_in_plan<Codec, decltype(index)::value>(token); },
-      [&](const code_writes& all) {
-        for (int w = 0; w < 2; ++w) {
-          code_write x = all.write[w];
-          if (w >= all.count) x.mask = x.bits = 0;
-          // Four neighbouring channels of a key share a word, and channels c and c + 8 of a value.
-          for (int stride = keys ? 1 : 8; stride < (keys ? 4 : 16); stride *= 2) {
-            x.mask |= detail::shuffle_xor(x.mask, stride);
-            x.bits |= detail::shuffle_xor(x.bits, stride);
-          }
-          if ((detail::lane_id() & (keys ? 3 : 8)) == 0 && x.mask != 0) shared_words{tile}(x);
-        }
-      },
-      flags, clamps);
-}
 
 /// Reconstructs channel c of a token in the transformed basis.
 __device__ inline float decode_transformed(const codec_spec& spec, const head_parameters& head,

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp codes a token of a plan that is known at compile time, into a tile that others may change at the same time.
+// One idea: lane l codes the channels l, l + 32, ... as the definition does; then lanes trade codes, a byte each, until
+// one lane has all of a word that are this token's.
+//   warp::store_plan_token<Codec>(head, y, finite, slot, tile, flags, clamps);
+#pragma once
+
+#include <packkv/detail/bits.cuh>
+#include <packkv/warp/token_codec.cuh>
+
+namespace packkv::warp {
+
+/// Code words of a token's tile.
+template <class Codec>
+class plan_words {
+ public:
+  static constexpr strip_layout strips = Codec::spec().strips;
+  static constexpr bool keys = strips.which == side::key;
+  static constexpr int registers = Codec::head_dim / 32, packs = (registers + 3) / 4;
+
+  struct place {
+    int width;
+  };
+  /// Of channel lane + 32 * Index.
+  template <int Index>
+  __device__ static place place_of() {
+    if constexpr (strips.channels == 32) {
+      return {number_of(number::width, Index)};
+    } else {
+      constexpr int lower = number_of(number::width, 2 * Index), upper = number_of(number::width, 2 * Index + 1);
+      return {detail::lane_id() < 16 ? lower : upper};
+    }
+  }
+
+  __device__ plan_words(std::uint8_t* tile, int token) : words_(tile), token_(token) {}
+
+  /// Stores the codes of pack Pack: byte k is that of channel lane + 32 * (4 * Pack + k). All lanes take part.
+  template <int Pack>
+  __device__ void store(std::uint32_t codes) const {
+    using namespace packkv::detail;
+    const int lane = lane_id();
+    if constexpr (keys) {
+      // Four neighbouring channels share a word. After the trade, byte j of lane 4 n + k is byte k of lane 4 n + j.
+      codes = permute_bytes(codes, shuffle_xor(codes, 1), (lane & 1) == 0 ? 0x6240u : 0x3715u);
+      codes = permute_bytes(codes, shuffle_xor(codes, 2), (lane & 2) == 0 ? 0x5410u : 0x3276u);
+      store_word(4 * Pack + (lane & 3), lane & ~3, codes);
+    } else {
+      // Channels c and c + 8 share a word: the lower lane stores the first two of the pack, the upper one the others.
+      const bool upper = (lane & 8) != 0;
+      const std::uint32_t others = shuffle_xor(codes, 8), low = upper ? others >> 16 : codes;
+      const std::uint32_t pairs = permute_bytes(low, upper ? codes >> 16 : others, 0x5140u);
+      store_word(4 * Pack + (upper ? 2 : 0), lane & ~8, pairs);
+      store_word(4 * Pack + (upper ? 3 : 1), lane & ~8, pairs >> 16);
+    }
+  }
+
+ private:
+  static constexpr std::uint32_t each = keys ? 0x01010101u : 0x0101u;  ///< the lowest bits of the codes of a word
+
+  PACKKV_HOST_DEVICE static constexpr bool has_width(int width) {
+    for (int s = 0; s < strips.count; ++s)
+      if (strips.width[s] == width) return true;
+    return false;
+  }
+  /// What the layout says of a strip.
+  enum class number { width, low, high };
+  PACKKV_HOST_DEVICE static constexpr int number_of(number what, int strip) {
+    return what == number::width ? strips.width[strip] : what == number::low ? strips.low[strip] : strips.high[strip];
+  }
+  /// number_of grows by as much from each strip to the next.
+  PACKKV_HOST_DEVICE static constexpr bool is_even(number what) {
+    const int first = number_of(what, 0), step = number_of(what, 1) - first;
+    for (int s = 0; s < strips.count; ++s)
+      if (number_of(what, s) != first + s * step) return false;
+    return true;
+  }
+  /// The same of a strip that is not known at compile time.
+  template <number What>
+  __device__ static int look_up(int strip) {
+    constexpr int first = number_of(What, 0), step = number_of(What, 1) - first;
+    int found = first + strip * step;
+    if constexpr (!is_even(What))
+      detail::for_constants<strips.count>([&](auto index) {
+        constexpr int s = decltype(index)::value, of_strip = number_of(What, s);
+        if (strip == s) found = of_strip;
+      });
+    return found;
+  }
+
+  /// Stores the word of channel first + 32 * index and its neighbours, if there is this index.
+  __device__ void store_word(int index, int first, std::uint32_t codes) const {
+    if (index >= registers) return;
+    constexpr int of_strip = strips.channels;
+    const int channel = first + 32 * index, strip = channel / of_strip;
+    store_of_width<1>(channel, strip, codes);
+    store_of_width<2>(channel, strip, codes);
+    store_of_width<3>(channel, strip, codes);
+    store_of_width<4>(channel, strip, codes);
+    store_of_width<8>(channel, strip, codes);
+  }
+  template <int Width>
+  __device__ void store_of_width(int channel, int strip, std::uint32_t codes) const {
+    if constexpr (has_width(Width)) {
+      if (look_up<number::width>(strip) != Width) return;
+      store_field<Width == 3 ? 2 : Width>(look_up<number::low>(strip), channel, codes);
+      if constexpr (Width == 3) store_field<1>(look_up<number::high>(strip), channel, codes >> 2);
+    }
+  }
+  template <int Bits>
+  __device__ void store_field(int base, int channel, std::uint32_t codes) const {
+    constexpr std::uint32_t mask = ((1u << Bits) - 1) * each;
+    constexpr int of_strip = strips.channels;
+    const bit_field field = keys ? packkv::detail::key_field(Bits, base, of_strip, token_, channel)
+                                 : packkv::detail::value_field(Bits, base, token_, channel);
+    words_({field.word, mask << field.bit, (codes & mask) << field.bit});
+  }
+
+  shared_words words_;
+  int token_;
+};
+
+/// Codes a token y in the coded basis: the bytes of encode_token by fewer instructions. All lanes take part.
+template <class Codec>
+__device__ inline void store_plan_token(const head_parameters& head, const float (&y)[Codec::head_dim / 32],
+                                        bool finite, int token, std::uint8_t* tile, std::uint32_t& flags,
+                                        std::uint32_t& clamps) {
+  constexpr codec_spec spec = Codec::spec();
+  static_assert(spec.kind == codec_kind::plan, "a plan");
+  using words = plan_words<Codec>;
+  std::uint32_t codes[words::packs] = {};
+  encode_plan_token<Codec::head_dim>(
+      spec, head, y, finite, token, tile, [](auto index) { return words::template place_of<decltype(index)::value>(); },
+      [&](auto index, auto, std::uint32_t code) {
+        constexpr int i = decltype(index)::value;
+        codes[i / 4] |= code << (8 * (i % 4));
+      },
+      flags, clamps);
+  const words to(tile, token);
+  detail::for_constants<words::packs>([&](auto pack) {
+    constexpr int p = decltype(pack)::value;
+    to.template store<p>(codes[p]);
+  });
+}
+
+}  // namespace packkv::warp
