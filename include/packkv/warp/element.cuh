@@ -7,11 +7,11 @@
 
 namespace packkv::warp {
 
-/// The bits of an element of a type, and what they are, but for the bits of a NaN: a load that nobody waits for before
-/// it is used.
+/// The bits of an element of a tensor: a load that nobody waits for before it is used.
 __device__ inline std::uint32_t load_bits(const void* p, dtype type) {
   return type == dtype::float32 ? *static_cast<const std::uint32_t*>(p) : *static_cast<const std::uint16_t*>(p);
 }
+/// What they are; a NaN need not keep its bits.
 __device__ inline float element_of_bits(std::uint32_t bits, dtype type) {
   if (type == dtype::float32) return detail::bit_cast<float>(bits);
   return type == dtype::float16 ? detail::unpack_16bit<false>(bits).low : detail::unpack_16bit<true>(bits).low;

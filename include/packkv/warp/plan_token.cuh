@@ -18,6 +18,7 @@ class plan_words {
   static constexpr bool keys = strips.which == side::key;
   static constexpr int registers = Codec::head_dim / 32, packs = (registers + 3) / 4;
 
+  /// What encode_plan_token asks for.
   struct place {
     int width;
   };
