@@ -201,9 +201,7 @@ TEST_CASE("tokens of plans that are known at compile time, stored one by one, gi
     INFO("round " << round);
     random_source random(static_cast<unsigned>(8400 + round));
     check_tokens<turned>(random);
-    check_tokens<two_bit>(random);
     check_tokens<dim_64>(random);
-    check_tokens<dim_96>(random);
     check_tokens<dim_192>(random);
     check_tokens<dim_512>(random);
     check_tokens<led>(random);
