@@ -5,7 +5,7 @@
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
 // bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone.
-#include "decode_cache.cuh"
+#include "decode_checks.cuh"
 #include "program.cuh"
 
 namespace pk = packkv;
@@ -158,17 +158,18 @@ class new_tokens {
     require(pk::store_tokens(tokens(2 * values * step), tokens(2 * values * step + values),
                              slots_.data() + step * count_, parameters, pages, pk::exec{stream}));
   }
-  /// The codes of all steps, in memory that was zero, are the reference's.
+  /// The codes of all steps in these pages, which fill the pool, are the reference's.
   template <class Format>
-  void is_right(const pk::pages_view& zeroed, std::uint8_t* pool, std::int64_t bytes) const {
-    for (int step = 0; step < steps; ++step) store<Format>(step, {}, zeroed, nullptr);
+  void is_right(const pk::pages_view& in_pool, std::uint8_t* pool, std::int64_t bytes) const {
+    require(cudaMemset(pool, 0, static_cast<std::size_t>(bytes)));
+    for (int step = 0; step < steps; ++step) store<Format>(step, {}, in_pool, nullptr);
     const auto codes = to_host(pool, bytes);
     const auto tensors = to_host(data_.data(), 2 * values * steps);
     const auto slots = to_host(slots_.data(), std::int64_t{steps} * count_);
     std::vector<std::uint8_t> expected(codes.size());
-    pk::pages_view pages = zeroed;
-    pages.key_data = expected.data() + (static_cast<std::uint8_t*>(zeroed.key_data) - pool);
-    pages.value_data = expected.data() + (static_cast<std::uint8_t*>(zeroed.value_data) - pool);
+    pk::pages_view pages = in_pool;
+    pages.key_data = expected.data() + (static_cast<std::uint8_t*>(in_pool.key_data) - pool);
+    pages.value_data = expected.data() + (static_cast<std::uint8_t*>(in_pool.value_data) - pool);
     pk::device_report report{};
     for (int step = 0; step < steps; ++step) {
       pk::input_view<3> k = tokens(0), v = k;
@@ -201,7 +202,6 @@ measured measure_store(int count) {
   const new_tokens tokens(48, count,
                           [](int step, int i) { return std::int64_t{i * 2741 % pages} * 64 + (i * 13 + step) % 64; });
   device_buffer<std::uint8_t> pool(pages * page_bytes);
-  require(cudaMemset(pool.data(), 0, static_cast<std::size_t>(pages * page_bytes)));
   pk::pages_view p;
   p.key_data = pool.data(), p.value_data = pool.data() + kv_heads * Format::key_tile_bytes;
   p.key_page_stride = p.value_page_stride = page_bytes;
@@ -249,6 +249,7 @@ measured measure_step(int count) {
   m.values = static_cast<double>(cache.values());
   m.half_bytes = 2.0 * m.values;
   m.peer_note = "decode_attention alone";
+  m.error = checks::long_decode_is_right(cache);  // of what store_tokens has left, too
   m.rounds = timing::time_calls({&both, &alone, ceiling.get()});
   m.graph = both.graph(), m.single = both.single(), m.ceiling = m.peer_ceiling = ceiling->graph();
   m.peer = alone.graph(), m.peer_single = alone.single();
