@@ -89,6 +89,18 @@ __device__ inline void allow_unwritten_reads([[maybe_unused]] std::uint8_t* p, [
 #endif
 }
 
+/// True in one lane of the warp, always the same one. All lanes take part. What it guards is compiled for one thread:
+/// operands of bulk_copy lie in uniform registers, and without this the compiler takes lanes one by one.
+__device__ inline bool elected() {
+#if !defined(PACKKV_SIMT_EXECUTOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned is;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p,0xffffffff;\nselp.u32 %0,1,0,p;\n}" : "=r"(is));
+  return is != 0;
+#else
+  return lane_id() == 0;
+#endif
+}
+
 /// Copies `bytes` (a multiple of 16, both addresses too) to this block's shared memory and reports them to a phase of
 /// `done` that is not over. By one thread; what others did with the destination must be ordered before this call.
 __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, mbarrier& done,

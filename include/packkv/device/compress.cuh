@@ -147,8 +147,8 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
                                                                     items.value(), e.stream);
 }
 
-/// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later plans that are
-/// known at compile time are launched with programmatic stream serialization, as decode_attention is.
+/// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later a kernel behind
+/// it that is launched with programmatic stream serialization, as decode_attention is, may begin while it ends.
 /// \param keys,values device memory [n, kv_heads, D_k / D_v], float16 or bfloat16, any strides (bytes).
 /// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
@@ -169,7 +169,8 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
     const kernel::plan_tokens_args args{params.key, params.value, pages, keys, values, slots, e.report};
     dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::token_warps));
     grid.y = 2;
-    return detail::launch_early(kernel::store_tokens_of_plans<Format>, grid, kernel::token_warps * 32, e.stream, args);
+    // Not launched early itself: its blocks would crowd the first SMs that a decode kernel before it leaves.
+    return detail::launch(kernel::store_tokens_of_plans<Format>, grid, kernel::token_warps * 32, e.stream, args);
   } else {
     const auto key = detail::key_side(params), value = detail::value_side(params);
     const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));

@@ -131,14 +131,14 @@ class fused_block {
       float s[warp::tokens_per_lane][lane_rows];
       keys.compute(key_data, s);
       const int first = tile * tile_tokens;
-      if (shaped)
+      if (__builtin_expect(shaped, 0))
         for_constants<warp::tokens_per_lane>([&](auto index) {
           constexpr int k = decltype(index)::value;
           for (int i = 0; i < lane_rows; ++i)
             s[k][i] = unit_.shape(a_.call, variant_, s[k][i], scores::columns::row(i), first + 8 * k + lane_id() / 4);
         });
       std::uint32_t hidden = 0;
-      if (first < ranges.all.begin || first + tile_tokens > ranges.all.end)
+      if (__builtin_expect(first < ranges.all.begin || first + tile_tokens > ranges.all.end, 0))
         for (int k = 0; k < warp::tokens_per_lane; ++k)
           for (int i = 0; i < lane_rows; ++i)
             if (!unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4))

@@ -30,13 +30,13 @@ class lazy_softmax {
   __device__ void weigh(float (&s)[tokens_per_lane][lane_rows], detail::bytes16 rows, std::uint32_t hidden, Sum& sum,
                         value_operand<Rows>& p) {
     using namespace packkv::detail;
-    if (hidden != 0) hide(hidden, s, rows);
+    if (__builtin_expect(hidden != 0, 0)) hide(hidden, s, rows);
     float top[lane_rows];
     bool rising = rises(s, top);
     std::uint32_t row[4];
     for (int t = 0; t < 4; ++t) row[t] = multiply_halves(rows.word[t], row_factor_);
     rising = rising || any_half_above(largest_of(row), 0x3c003c00u);
-    if (__any_sync(all_lanes, rising) != 0) {
+    if (__builtin_expect(__any_sync(all_lanes, rising) != 0, 0)) {
       raise(top, largest_of(rows.word), sum);
       for (int t = 0; t < 4; ++t) row[t] = multiply_halves(rows.word[t], row_factor_);
     }
@@ -95,8 +95,8 @@ class lazy_softmax {
   __device__ bool rises(const float (&s)[tokens_per_lane][lane_rows], float (&top)[lane_rows]) const {
     bool rising = false;
     for (int i = 0; i < lane_rows; ++i) {
-      top[i] = s[0][i];
-      for (int k = 1; k < tokens_per_lane; ++k) top[i] = fmaxf(top[i], s[k][i]);
+      top[i] = fmaxf(fmaxf(fmaxf(s[0][i], s[1][i]), fmaxf(s[2][i], s[3][i])),
+                     fmaxf(fmaxf(s[4][i], s[5][i]), fmaxf(s[6][i], s[7][i])));
       rising = rising || top[i] > maximum_[i] + static_cast<float>(Sum::headroom);
     }
     return rising;

@@ -60,9 +60,9 @@ class tile_ring {
 
   /// Starts to copy both pieces, one behind the other, into the stage after the last requested. At most Stages requests
   /// are not released. The pieces together are at most stage_bytes, and the first is not empty. `tag` comes back with
-  /// them. Where the pieces lie and the tag need only be right in lane `lane`.
+  /// them. Where the pieces lie need only be right in lane `lane`.
   __device__ void request(copy_source first, copy_source second = {}, std::int32_t tag = 0, int lane = 0) {
-    start(buffers_ + requested_.stage * stage_bytes_, first, second, tag, lane);
+    start(buffers_ + stage_of(requested_) * stage_bytes_, first, second, tag, lane);
   }
   /// The same of one piece to a place of the caller's choice, 16-byte aligned, where nothing lies that has been
   /// requested and not released. For pieces of many sizes: what wait() returns is of no use then.
@@ -71,42 +71,36 @@ class tile_ring {
   /// The oldest requested tile that has not been released, when it is there.
   __device__ const std::uint8_t* wait() {
     if constexpr (Engine == copy_engine::bulk) {
-      storage_.full[used_.stage].wait(used_.parity);
+      storage_.full[stage_of(used_)].wait(used_ / Stages % 2);
     } else {
       wait_for_oldest(std::make_integer_sequence<int, Stages>{});
       __syncwarp();  // the bytes of the other lanes
     }
-    return buffers_ + used_.stage * stage_bytes_;
+    return buffers_ + stage_of(used_) * stage_bytes_;
   }
   /// The tag of that tile.
-  __device__ std::int32_t tag() const { return storage_.tag[used_.stage]; }
+  __device__ std::int32_t tag() const { return storage_.tag[stage_of(used_)]; }
   /// Tiles that are requested and not released.
-  __device__ int waiting() const { return waiting_; }
+  __device__ int waiting() const { return static_cast<int>(requested_ - used_); }
 
   /// Frees that tile's stage for the next request: all lanes have read what they need.
   __device__ void release() {
     __syncwarp();
-    used_.next();
-    --waiting_;
+    ++used_;
   }
 
  private:
-  struct cursor {
-    int stage = 0;
-    unsigned parity = 0;
-    __device__ void next() {
-      if (++stage == Stages) {
-        stage = 0;
-        parity ^= 1u;
-      }
-    }
-  };
+  /// Where the copy of a request goes, by the number of the request.
+  __device__ static int stage_of(unsigned request) { return static_cast<int>(request % Stages); }
 
   __device__ void start(std::uint8_t* to, copy_source first, copy_source second, std::int32_t tag, int lane) {
-    if (detail::lane_id() == lane) {
-      storage_.tag[requested_.stage] = tag;
+    // An address that is the same in all lanes and one elected lane cost less than a branch to the lane that has it.
+    first.data = of_lane(first.data, lane);
+    if (second.bytes > 0) second.data = of_lane(second.data, lane);
+    if (detail::elected()) {
+      storage_.tag[stage_of(requested_)] = tag;
       if constexpr (Engine == copy_engine::bulk) {
-        detail::mbarrier& full = storage_.full[requested_.stage];
+        detail::mbarrier& full = storage_.full[stage_of(requested_)];
         full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
         detail::bulk_copy(to, first.data, static_cast<unsigned>(first.bytes), full);
         if (second.bytes > 0)
@@ -114,30 +108,30 @@ class tile_ring {
       }
     }
     if constexpr (Engine == copy_engine::per_thread) {
-      copy(to, first, lane);
-      copy(to + first.bytes, second, lane);
+      copy(to, first);
+      copy(to + first.bytes, second);
       detail::commit_copies();
     }
-    requested_.next();
-    ++waiting_;
+    ++requested_;
   }
 
-  __device__ static void copy(std::uint8_t* to, copy_source from, int lane) {
-    if (from.bytes == 0) return;
-    const auto address = detail::shuffle(reinterpret_cast<std::uintptr_t>(from.data), lane);
-    for (int i = 16 * detail::lane_id(); i < from.bytes; i += 16 * detail::warp_threads)
-      detail::copy_async<16>(to + i, reinterpret_cast<const char*>(address) + i);
+  __device__ static const void* of_lane(const void* p, int lane) {
+    return reinterpret_cast<const void*>(detail::shuffle(reinterpret_cast<std::uintptr_t>(p), lane));
   }
-  /// All groups but the `waiting_ - 1` latest; how many is a constant of the instruction.
+  __device__ static void copy(std::uint8_t* to, copy_source from) {
+    for (int i = 16 * detail::lane_id(); i < from.bytes; i += 16 * detail::warp_threads)
+      detail::copy_async<16>(to + i, static_cast<const char*>(from.data) + i);
+  }
+  /// All groups but the `waiting() - 1` latest; how many is a constant of the instruction.
   template <int... Latest>
   __device__ void wait_for_oldest(std::integer_sequence<int, Latest...>) {
-    ((waiting_ == Latest + 1 ? detail::wait_copies<Latest>() : void()), ...);
+    ((waiting() == Latest + 1 ? detail::wait_copies<Latest>() : void()), ...);
   }
 
   temp_storage& storage_;
   std::uint8_t* buffers_;
-  int stage_bytes_, waiting_ = 0;
-  cursor requested_, used_;
+  int stage_bytes_;
+  unsigned requested_ = 0, used_ = 0;  ///< tiles so far
 };
 
 }  // namespace packkv::warp

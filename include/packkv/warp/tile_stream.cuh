@@ -59,9 +59,11 @@ class tile_stream {
  private:
   /// Fetches the next tile that has a page.
   __device__ void request() {
-    while (found_ == 0) {
-      if (next_ >= end_) return;
-      look_up();
+    if (__builtin_expect(found_ == 0, 0)) {
+      do {
+        if (next_ >= end_) return;
+        look_up();
+      } while (found_ == 0);
     }
     const int lane = __ffs(static_cast<int>(found_)) - 1, tile = next_ + (lane - detail::warp_threads) * step_;
     ring_.request({keys_, key_bytes}, {values_, value_bytes}, tile, lane);

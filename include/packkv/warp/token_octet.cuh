@@ -47,8 +47,7 @@ struct token_octet {
       pair(y[b][0], y[b][2]), pair(y[b][1], y[b][3]);
       for (int j = 0; j < 4; ++j)
         for (int stride = 1; stride < 4; stride *= 2) {
-          const float other = shuffle_xor(y[b][j], stride);
-          y[b][j] = (q & stride) == 0 ? add_rn(y[b][j], other) : sub_rn(other, y[b][j]);
+          y[b][j] = fma_rn(y[b][j], (q & stride) == 0 ? 1.0f : -1.0f, shuffle_xor(y[b][j], stride));
         }
     }
     between_blocks<1>(y);
@@ -72,19 +71,8 @@ struct token_octet {
                                      : packkv::detail::value_field(Bits, base, token, channel);
   }
 
-  /// The codes of channels 16 * Block + first .. + 3, `first` a multiple of 4, of a token.
-  template <int Block>
-  __device__ static void load_codes(const std::uint32_t* tile, int token, int first, std::uint32_t (&codes)[4]) {
-    for (std::uint32_t& code : codes) code = 0;
-    for_planes<Block>([&](auto bits, auto base, auto from) {
-      constexpr std::uint32_t mask = (1u << decltype(bits)::value) - 1;
-      for (int j = 0; j < 4; ++j) {
-        const bit_field f = field<decltype(bits)::value>(decltype(base)::value, token, 16 * Block + first + j);
-        codes[j] |= (tile[f.word] >> f.bit & mask) << decltype(from)::value;
-      }
-    });
-  }
-  /// The same into a tile whose other bits belong to others.
+  /// Puts the codes of channels 16 * Block + first .. + 3, `first` a multiple of 4, of a token into a tile whose other
+  /// bits belong to others.
   template <int Block>
   __device__ static void store_codes(const std::uint32_t (&codes)[4], int token, int first, const shared_words& words) {
     for_planes<Block>([&](auto bits, auto base, auto from) {
