@@ -2,7 +2,7 @@
 // A warp reconstructs the tokens of a tile of a plan that is known at compile time, to the bits of
 // reference::decode_token. One idea: eight tokens at a time, four lanes a token, the channels 4q .. 4q + 3 of every 16
 // each (warp::token_octet), so that a row of output is whole sectors; the codes of such four are bytes of a register,
-// and become floats by masks where they lie.
+// and a permutation of bytes makes each a float.
 //   warp::tile_decoder<Codec, false>::decode(tile, count, [&](int t) { return row + t * stride; });
 #pragma once
 
