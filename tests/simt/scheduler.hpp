@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What engine.cpp shows to async.cpp: who runs, how to wait and to wake, and the schedule's dice.
+// What engine.cpp shows to async.cpp: who runs, how to wait and to wake, and the schedule's dice. PACKKV_SIMT_ASAN.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,17 @@
 
 #include "engine.hpp"
 #include "symbols.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define PACKKV_SIMT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define PACKKV_SIMT_ASAN 1
+#endif
+#endif
+#if defined(PACKKV_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace packkv_simt::detail {
 
