@@ -52,7 +52,7 @@ status check_grid(const policy::decode_grid& grid, const exec& e) {
 }
 
 inline block::split_storage split_storage_of(const exec& e, const policy::decode_grid& grid) {
-  if (grid.splits == 1) return {nullptr, nullptr};
+  if (grid.splits == 1 || e.workspace == nullptr) return {nullptr, nullptr};
   auto* base = static_cast<std::uint8_t*>(e.workspace);
   return {reinterpret_cast<std::uint32_t*>(base), reinterpret_cast<float*>(base + workspace_counter_bytes)};
 }
