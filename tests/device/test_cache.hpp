@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <numeric>
 #include <packkv/packkv.cuh>
 #include <vector>
 
 #include "../support/basis.hpp"
 #include "../support/random.hpp"
+#include "../support/small_tests.hpp"
 #include "cuda_failures.hpp"
 #include "device_array.hpp"
 
@@ -351,7 +351,6 @@ inline constexpr int repeats = 1;  ///< the executor is slow: one round with sma
 inline constexpr int most_tokens = 150;
 #else
 /// So that the tools of compute-sanitizer come to an end: scripts/verify-gpu sets it for them.
-inline const bool small_tests = std::getenv("PACKKV_TEST_SMALL") != nullptr;
 inline const int repeats = small_tests ? 1 : 8;
 inline const int most_tokens = small_tests ? 150 : 700;
 #endif

@@ -16,6 +16,7 @@
 
 #include "../format/bridge.hpp"
 #include "../support/catch.hpp"
+#include "../support/small_tests.hpp"
 
 namespace {
 
@@ -202,8 +203,7 @@ TEST_CASE("a decoder written from docs/format.md gives the bits of the reference
                              clean::transform::basis);
   const int leading = GENERATE(range(0, 5));
   const bool calibrated = GENERATE(false, true);
-  const std::uint32_t repeats =
-      std::getenv("PACKKV_TEST_SMALL") != nullptr ? 1 : 3;  // sanitizers: more than all others
+  const std::uint32_t repeats = packkv_test::small_tests ? 1 : 2;  // more than all others
   for (std::uint32_t repeat = 0; repeat < repeats; ++repeat) {
     const int variant = ((head_dim * 3 + static_cast<int>(turn)) * 5 + leading) * 2 + (calibrated ? 1 : 0);
     const std::uint32_t seed = static_cast<std::uint32_t>(variant) * 3 + repeat;
@@ -240,7 +240,8 @@ TEST_CASE("a decoder written from docs/format.md gives the bits of the reference
 TEST_CASE("both decoders agree on tiles of arbitrary bits: every code, every element, components of -128", "[format]") {
   const int head_dim = GENERATE(from_range(std::begin(head_dims), std::end(head_dims)));
   const auto coding = GENERATE(clean::kind::plan, clean::kind::fp16, clean::kind::bf16, clean::kind::fp8);
-  for (std::uint32_t repeat = 0; repeat < 12; ++repeat) {
+  const std::uint32_t repeats = packkv_test::small_tests ? 4 : 12;
+  for (std::uint32_t repeat = 0; repeat < repeats; ++repeat) {
     const std::uint32_t seed = repeat + 12 * static_cast<std::uint32_t>(head_dim * 4 + static_cast<int>(coding));
     random_source random(seed);
     golden::page p = random_page(random, head_dim);
