@@ -71,7 +71,7 @@ __global__ void share_one(const pk::block::sequence_cost cost, std::int32_t bloc
   const pk::block::sequence_items::split own = items.build_one(cost, blocks, threadIdx.x == 0);
   __syncthreads();
   if (threadIdx.x != threads - 1) return;
-  const pk::block::sequence_items::split left = {items.shares, items.units};
+  const pk::block::sequence_items::split left = {items.shares, items.units, items.units.items_of(cost)};
   out->split[0] = own;
   out->split[1] = left;
   for (int i = 0; i < 2; ++i) {
@@ -97,6 +97,7 @@ void check_one(const pk::block::sequence_cost& cost, std::int32_t blocks) {
   for (const auto& s : o.split) {
     CHECK(s.shares.blocks() == m.shares);
     CHECK(s.units.aligned == m.aligned);
+    CHECK(s.items == (cost.units > 0 ? m.items[0] : s.items));
     for (const std::int32_t i : {0, std::min(1, m.shares), m.shares})
       CHECK(s.shares.begin(i) == m.share_begin[i == m.shares ? samples : i]);
   }

@@ -311,7 +311,7 @@ TEST_CASE("fused decode with a workspace a byte too small is refused and writes 
       // What the library says that all calls within the maxima need is what a call of the most rows of a pass needs.
       const std::size_t bytes =
           group == 7 ? static_cast<std::size_t>(
-                           pk::detail::fused_blocks<8>(pk::kernel::fused_shape<dim_64, 8>(228, 1), 1, splits) *
+                           pk::detail::fused_blocks(pk::kernel::fused_shape<dim_64, 8>(228, 1), 1, splits) *
                                pk::detail::fused_part_bytes<dim_64, 8> +
                            pk::detail::workspace_counter_bytes)
                      : workspace.size();

@@ -86,6 +86,6 @@ TEST_CASE("a pass takes as many query rows as fit into the shared memory, and ev
   const pk::decode_maxima maxima{3, 2, 32, 1, 1 << 20, 0};
   for (const int kib : {228, 164, 100})
     CHECK(pk::decode_workspace_bytes<two_bit>(maxima) >=
-          pk::detail::fused_blocks<16>(pk::kernel::fused_shape<two_bit, 16>(kib, 1), 6, 0) *
+          pk::detail::fused_blocks(pk::kernel::fused_shape<two_bit, 16>(kib, 1), 6, 0) *
               pk::detail::fused_part_bytes<two_bit, 16>);
 }

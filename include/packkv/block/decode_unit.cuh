@@ -35,6 +35,7 @@ struct decode_sequence {
   detail::visibility view;
   std::int64_t b, query_begin = 0, first_position = 0;
   int query_count = 0, chunks = 0;  ///< query tokens; units of its rows per KV head
+  token_range seen = {};            ///< from the first coded token that a query sees to the last
   int first_tile = 0, tiles = 0;    ///< tiles in which a query may see a coded token
 
   /// What is wrong with its lengths is added to `flags`.
@@ -67,10 +68,13 @@ struct decode_sequence {
     query_count = static_cast<int>(count);
     chunks = ceil_div(query_count * call.group, rows);
     first_position = context - count;
-    token_range seen = {};
-    for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
-      const token_range of_query = coded_range(view, first_position + i);
-      seen = {i == 0 ? of_query.begin : seen.begin, of_query.end};
+    if (queries_see_all(call.cache, call.options)) {
+      seen = all_coded(view);
+    } else {
+      for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
+        const token_range of_query = coded_range(view, first_position + i);
+        seen = {i == 0 ? of_query.begin : seen.begin, of_query.end};
+      }
     }
     first_tile = seen.begin / tile_tokens;
     tiles = seen.begin < seen.end ? ceil_div(seen.end, tile_tokens) - first_tile : 0;
@@ -188,17 +192,20 @@ struct decode_unit {
     if (threadIdx.x == blockDim.x - 1 && s.has_raw())  // where there are several warps, not the first
       raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
     if (threadIdx.x < Rows) {
-      const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1), token = row / call.group;
+      const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1),
+                token = s.query_count == 1 ? 0 : row / call.group;
       query_token[r] = s.query_begin + token;
-      query_head[r] = kv_head * call.group + row % call.group;
+      query_head[r] = kv_head * call.group + row - token * call.group;
       position[r] = s.first_position + token;
-      const token_range seen = coded_range(s.view, position[r]);
+      token_range seen = s.seen;
+      if (s.query_count > 1) seen = coded_range(s.view, position[r]);
       range[r] = seen;  // an assignment of its own, which gcc shows to the race detector
     }
   }
   __device__ bool has_raw() const { return view.sinks > 0 || view.ring_begin < view.length; }
 
-  __device__ row_ranges ranges() const {
+  __device__ row_ranges ranges(const decode_call& call) const {
+    if (call.options.max_query_len == 1) return row_ranges::same(range[0]);
     row_ranges x = row_ranges::none();
     for (int r = 0; r < Rows; ++r) x.add(range[r]);
     return x;
@@ -247,16 +254,19 @@ struct decode_unit {
   __device__ void write(const decode_call& call, int r, const warp::attention_row<ValueDim>& row) const {
     using namespace packkv::detail;
     const bool empty = row.sum == 0.0f;
-    const float inverse = 1.0f / row.sum;
-    char* to = static_cast<char*>(address(call.out, query_token[r], query_head[r], lane_id()));
-    for (int i = 0; i < ValueDim / 32; ++i, to += 32 * call.out.stride[2]) {
-      const float x = empty ? 0.0f : row.channel[i] * inverse;
-      if (call.out.type == dtype::float32)
-        *reinterpret_cast<float*>(to) = x;
-      else
-        *reinterpret_cast<std::uint16_t*>(to) =
-            call.out.type == dtype::float16 ? static_cast<std::uint16_t>(pack_halves(x, 0.0f)) : float_to_bfloat16(x);
-    }
+    const float factor = empty ? 0.0f : 1.0f / row.sum;
+    float x[ValueDim / 32];
+    for (int i = 0; i < ValueDim / 32; ++i) x[i] = empty ? 0.0f : row.channel[i] * factor;
+    char* const to = static_cast<char*>(address(call.out, query_token[r], query_head[r], lane_id()));
+    const std::int64_t apart = 32 * call.out.stride[2];
+    if (call.out.type == dtype::float32)
+      for (int i = 0; i < ValueDim / 32; ++i) *reinterpret_cast<float*>(to + i * apart) = x[i];
+    else if (call.out.type == dtype::float16)
+      for (int i = 0; i < ValueDim / 32; ++i)
+        *reinterpret_cast<std::uint16_t*>(to + i * apart) = static_cast<std::uint16_t>(pack_halves(x[i], 0.0f));
+    else
+      for (int i = 0; i < ValueDim / 32; ++i)
+        *reinterpret_cast<std::uint16_t*>(to + i * apart) = float_to_bfloat16(x[i]);
     if (call.lse.data != nullptr && lane_id() == 0) {
       const float base2 = row.maximum + log2f(row.sum);
       const float unit = call.options.base == lse_base::two ? 1.0f : 1.0f / log2e;

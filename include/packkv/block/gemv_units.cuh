@@ -46,15 +46,16 @@ class gemv_units {
   };
 
   /// With `empty`, units without tiles are pieces, too. All threads take part, here and below.
-  __device__ gemv_units(const gemv_call& call, temp_storage& storage, bool empty) : call_(call), storage_(storage) {
+  __device__ gemv_units(const gemv_call& call, temp_storage& storage, bool empty)
+      : call_(call), storage_(storage), left_(is_single() ? 1 : 2) {
+    if (is_single()) {
+      if (threadIdx.x == 0) storage_.found = find_single(empty);
+      return;
+    }
     storage_.items.template build<Threads>(call.sequences, gridDim.x, [&](int index) {
-      std::uint32_t flags = 0;
-      const std::int32_t length =
-          detail::clamp_length(call.cache.seq_lens, call.first_sequence + index, call.cache.max_seq_len, flags);
-      detail::add_report(call.report, flags, 0);
+      const int length = length_of(index);
       storage_.length[index] = length;
-      const int tiles = ceil_div(length, tile_tokens);
-      return sequence_cost{tiles > 0 || empty ? chunks() * call.cache.pages.kv_heads : 0, tiles, 0};
+      return cost_of(length, empty);
     });
     if (threadIdx.x == 0) {
       const even_shares shares = storage_.items.shares;
@@ -66,6 +67,7 @@ class gemv_units {
   /// Finds the block's next piece; false if there is none. Begins and ends with a barrier.
   __device__ bool next() {
     __syncthreads();
+    if (left_ < 2) return left_-- > 0 && storage_.found;
     if (threadIdx.x == 0) storage_.found = find();
     __syncthreads();
     return storage_.found;
@@ -74,6 +76,52 @@ class gemv_units {
 
  private:
   __device__ int chunks() const { return ceil_div(call_.group, Rows); }
+  /// Whether a launch has one sequence and so few units that a block has one piece at most.
+  __device__ bool is_single() const {
+    return call_.sequences == 1 && chunks() * call_.cache.pages.kv_heads <= static_cast<int>(gridDim.x);
+  }
+  __device__ int length_of(int index) const {
+    std::uint32_t flags = 0;
+    const int length =
+        detail::clamp_length(call_.cache.seq_lens, call_.first_sequence + index, call_.cache.max_seq_len, flags);
+    detail::add_report(call_.report, flags, 0);
+    return length;
+  }
+  __device__ sequence_cost cost_of(int length, bool empty) const {
+    const int tiles = ceil_div(length, tile_tokens);
+    return {tiles > 0 || empty ? chunks() * call_.cache.pages.kv_heads : 0, tiles, 0};
+  }
+
+  /// The piece of such a launch, without a search. By one thread.
+  __device__ bool find_single(bool empty) {
+    const int length = length_of(0), here = static_cast<int>(blockIdx.x);
+    const sequence_cost cost = cost_of(length, empty);
+    const auto split = storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), false);
+    if (here >= split.shares.blocks()) return false;
+    const int each = split.units.aligned, blocks = split.units.blocks_of(cost);
+    const quotient unit(here, blocks);
+    gemv_piece& p = storage_.piece;
+    set(p, 0, unit.whole, length);
+    p.lo = unit.rest * each;
+    p.hi = min_of(p.lo + each, cost.tiles);
+    p.first_block = here - unit.rest;
+    p.last_block = p.first_block + blocks - 1;
+    return true;
+  }
+  /// Unit `number` of a sequence.
+  __device__ void set(gemv_piece& p, int index, std::int32_t number, int length) const {
+    quotient head;
+    if (chunks() == 1)
+      head.whole = number, head.rest = 0;
+    else
+      head = quotient(number, chunks());
+    const int first_row = head.rest * Rows;
+    p.b = call_.first_sequence + index;
+    p.head = head.whole;
+    p.first_head = p.head * call_.group + first_row;
+    p.rows = min_of(Rows, call_.group - first_row);
+    p.length = length;
+  }
 
   /// By one thread.
   __device__ bool find() {
@@ -91,14 +139,8 @@ class gemv_units {
       storage_.next = unit_begin + items;
       const std::int32_t offset = item - unit_begin;     // of the piece, in the unit
       if (offset > 0 && offset >= cost.tiles) continue;  // the rest of a unit is nobody's work
-      const quotient head(number, chunks());
-      const int first_row = head.rest * Rows;
       gemv_piece& p = storage_.piece;
-      p.b = call_.first_sequence + index;
-      p.head = head.whole;
-      p.first_head = p.head * call_.group + first_row;
-      p.rows = min_of(Rows, call_.group - first_row);
-      p.length = storage_.length[index];
+      set(p, index, number, storage_.length[index]);
       p.lo = offset;
       p.hi = min_of(end - unit_begin, cost.tiles);
       p.first_block = offset == 0 ? here : shares.owner(unit_begin);
@@ -110,6 +152,7 @@ class gemv_units {
 
   const gemv_call& call_;
   temp_storage& storage_;
+  int left_;  ///< pieces of a launch that has one at most; 2: of any other
 };
 
 }  // namespace packkv::block

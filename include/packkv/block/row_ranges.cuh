@@ -42,6 +42,20 @@ PACKKV_HOST_DEVICE inline token_range coded_range(const detail::visibility& view
   return {x.begin, max_of(x.begin, x.end)};
 }
 
+/// Whether every query sees all tokens of its sequence: at most one a sequence, at its end, without padding, window or
+/// positions that are not token numbers.
+PACKKV_HOST_DEVICE inline bool queries_see_all(const cache_view& cache, const attention_options& options) {
+  return options.max_query_len == 1 && options.context_lens == nullptr && options.window <= 0 &&
+         options.position_stride == 1 && options.position_offset == 0 && cache.kv_begin == nullptr;
+}
+/// The same as coded_range for such a query, in a tenth of the instructions.
+PACKKV_HOST_DEVICE inline token_range all_coded(const detail::visibility& view) {
+  std::int32_t end = view.length;
+  if (view.ring_begin < end)
+    end = max_of(view.ring_begin, end - static_cast<std::int32_t>(min_of<std::int64_t>(view.ring_window, end)));
+  return {view.sinks, max_of(view.sinks, end)};
+}
+
 /// What the rows see together.
 struct row_ranges {
   token_range any;  ///< from the first token that a row sees to the last; empty if there is none
@@ -54,6 +68,8 @@ struct row_ranges {
     all = {max_of(all.begin, r.begin), min_of(all.end, r.end)};
   }
   __device__ static row_ranges none() { return {{0, 0}, {0, 2147483647}}; }
+  /// Of rows that all see the same.
+  __device__ static row_ranges same(const token_range& r) { return {r.begin < r.end ? r : token_range{0, 0}, r}; }
 };
 
 }  // namespace packkv::block

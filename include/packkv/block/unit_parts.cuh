@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the blocks of a unit of decode attention have of it: parts of their warps in shared memory, of blocks in global
 // memory, and the 16-bit tokens beside them.
-//   unit_parts<KeyDim, ValueDim, Rows, Warps, Stride> parts(global, counters, of_warps, coded, raw);
-//   ... each warp fills parts.of_warp() ...   const auto raw = [&](float* to) { parts.attend_raw(unit, call, f, to); };
-//   if (parts.join(work, last, raw, has_raw)) parts.write(unit, call, has_raw, finish);
+//   unit_parts<KeyDim, ValueDim, Rows, Warps, Stride, RawWarps> parts(global, counters, of_warps, joined);
+//   if (work.tail && unit.has_raw()) parts.attend_raw(work, call, variant);   ... each warp fills parts.of_warp() ...
+//   __syncthreads();   if (parts.hand_in(work, last)) parts.write(work, call, finish);
 #pragma once
 
 #include <packkv/block/part_merge.cuh>
@@ -12,103 +12,120 @@
 
 namespace packkv::block {
 
-/// Stride: floats between the parts of two warps.
-template <int KeyDim, int ValueDim, int Rows, int Warps, int Stride>
+/// Stride: floats between the parts of two warps. RawWarps: those that attend to 16-bit tokens while others have tiles.
+template <int KeyDim, int ValueDim, int Rows, int Warps, int Stride, int RawWarps>
 class unit_parts {
  public:
   using merge = part_merge<ValueDim, Rows, Warps>;
+  using raw_attention = warp::raw_attention<KeyDim, ValueDim, Rows>;
+  /// Floats of `joined` shared memory.
+  static constexpr int joined_floats = (2 + (RawWarps > 1 ? RawWarps : 0)) * merge::part_floats;
 
-  /// `global`: [blocks][3][part_floats]; `counters`: [blocks], zero between launches; `of_warps`, `coded` and `raw`:
-  /// shared memory of Warps parts, and of one part each.
-  __device__ unit_parts(float* global, std::uint32_t* counters, float* of_warps, float* coded, float* raw)
-      : global_(global), counters_(counters), of_warps_(of_warps), coded_(coded), raw_(raw) {}
+  /// `global`: [blocks][3][part_floats]; `counters`: [blocks], zero between launches; `of_warps` and `joined`: shared
+  /// memory of Warps parts, and of joined_floats.
+  __device__ unit_parts(float* global, std::uint32_t* counters, float* of_warps, float* joined)
+      : global_(global),
+        counters_(counters),
+        of_warps_(of_warps),
+        coded_(joined),
+        raw_(joined + merge::part_floats),
+        raw_of_warps_(RawWarps > 1 ? joined + 2 * merge::part_floats : raw_) {}
 
   __device__ float* of_warp() const { return of_warps_ + detail::warp_id() * Stride; }
 
-  /// Joins the warps' parts, and lets attend_raw(to) leave the part of the 16-bit tokens if they are this block's. True
-  /// in the block that has all of the unit then, which is the last of its blocks: `coded` holds it, and `raw` the 16-bit
-  /// tokens if `has_raw`. `last` lies in shared memory. By the whole block.
-  template <class AttendRaw>
-  __device__ bool join(const work_storage<Rows>& work, bool& last, AttendRaw&& attend_raw, bool& has_raw) const {
-    const unit_owners o = work.owner;
-    const int here = static_cast<int>(blockIdx.x);
-    has_raw = work.tail && work.unit.has_raw();
-    const bool alone = o.first == o.tail, coded = here >= o.first && here <= o.last;
-    if (coded)
-      merge::join_warps(of_warps_, Stride, Warps,
-                        alone ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
-    if (has_raw) attend_raw(alone ? raw_ : part_of(here, raw_part));
-    __syncthreads();
-    if (alone) return true;
-    const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
-    if (!last_to_arrive(counters_ + o.first, others, last)) return false;
-    has_raw = work.unit.has_raw();
-    merge::join_blocks(
-        o.last - o.first + 1, [&](int p) { return part_of(o.first + p, p == 0 ? begun_here : begun_before); },
-        [&](int thread, int count) {
-          if (has_raw) merge::copy_fresh(part_of(o.tail, raw_part), raw_, thread, count);
-        },
-        of_warps_, coded_);
-    __syncthreads();
-    return true;
+  /// Warps that attend to the 16-bit tokens of a unit which has some.
+  __device__ static int raw_warps(const work_storage<Rows>& work) {
+    const int chunks = work.unit.raw.chunks(raw_attention::tokens);
+    return min_of(max_of(chunks, 1), work.coded ? RawWarps : Warps);  // an empty part, if none is seen
   }
-
-  /// Attends to sinks and ring, into `to`, a part. By the whole block, whose rings of tiles are empty.
+  /// Attends to sinks and ring. By the first raw_warps() warps, each on its own; the others return at once.
   template <class Variant>
-  __device__ void attend_raw(const decode_unit<Rows>& unit, const decode_call& call, const Variant& variant,
-                             float* to) const {
-    using raw_attention = warp::raw_attention<KeyDim, ValueDim, Rows>;
+  __device__ void attend_raw(const work_storage<Rows>& work, const decode_call& call, const Variant& variant) const {
+    const int step = raw_warps(work);
+    if (detail::warp_id() >= step) return;
+    const decode_unit<Rows>& unit = work.unit;
     const raw_tokens& tokens = unit.raw;
     const int chunks = tokens.chunks(raw_attention::tokens);
-    const int busy = min_of(max_of(chunks, 1), Warps);  // an empty part, if there are none
-    __syncthreads();
-    if (detail::warp_id() < busy) {
-      raw_attention part(of_warp(), merge::row_floats);
+    raw_attention part(raw_of_warps(work) + detail::warp_id() * raw_stride(work), merge::row_floats);
 #pragma unroll 1
-      for (int c = detail::warp_id(); c < chunks; c += Warps) {
-        int first;
-        const warp::raw_chunk chunk = tokens.chunk(c, raw_attention::tokens, first);
-        part.add(
-            chunk, call.queries.type, [&](int row) { return unit.where(call, min_of(row, Rows - 1)); },
-            [&](int row) {
-              return row < unit.rows ? tokens.seen(unit.view, first, unit.position[row]) : warp::raw_range{0, 0};
-            },
-            [&](int i, int row, float dot) {
-              return unit.shape(call, variant, dot * call.options.softmax_scale, row, first + i);
-            });
-      }
-      part.finish(merge::maximum_at, merge::sum_at);
+    for (int c = detail::warp_id(); c < chunks; c += step) {
+      int first;
+      const warp::raw_chunk chunk = tokens.chunk(c, raw_attention::tokens, first);
+      part.add(
+          chunk, call.queries.type, [&](int row) { return unit.where(call, min_of(row, Rows - 1)); },
+          [&](int row) {
+            return row < unit.rows ? tokens.seen(unit.view, first, unit.position[row]) : warp::raw_range{0, 0};
+          },
+          [&](int i, int row, float dot) {
+            return unit.shape(call, variant, dot * call.options.softmax_scale, row, first + i);
+          });
     }
-    __syncthreads();
-    merge::join_warps(of_warps_, Stride, busy, to);
+    part.finish(merge::maximum_at, merge::sum_at);
   }
 
-  /// Stores output and log-sum-exp of a unit that this block has: finish(y, weight, sink) moves a coded row into the
-  /// original basis, the 16-bit tokens are there already.
+  /// Joins the warps' parts, of codes and of 16-bit tokens, and leaves them to the last of the unit's blocks, in which
+  /// this is true. `last` lies in shared memory. By the whole block, here and below, after a barrier.
+  __device__ bool hand_in(const work_storage<Rows>& work, bool& last) const {
+    const unit_owners o = work.owner;
+    const int here = static_cast<int>(blockIdx.x);
+    if (here >= o.first && here <= o.last)
+      merge::template join_warps<Warps>(
+          of_warps_, Stride, Warps, o.alone() ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
+    if (work.tail && work.unit.has_raw() && !(o.alone() && raw_of_warps(work) == raw_))
+      merge::template join_warps<Warps>(raw_of_warps(work), raw_stride(work), raw_warps(work),
+                                        o.alone() ? raw_ : part_of(here, raw_part));
+    __syncthreads();
+    if (o.alone()) return true;
+    const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
+    return last_to_arrive(counters_ + o.first, others, last);
+  }
+  /// Joins the parts of the unit's blocks and stores its output and log-sum-exp, in the block where hand_in() was true:
+  /// finish(y, weight, sink) moves a coded row into the original basis, in which the 16-bit tokens are already.
   template <class Finish>
-  __device__ void write(const decode_unit<Rows>& unit, const decode_call& call, bool has_raw, Finish&& finish) const {
+  __device__ void write(const work_storage<Rows>& work, const decode_call& call, Finish&& finish) const {
     using namespace packkv::detail;
-    for (int r = warp_id(); r < unit.rows; r += Warps) {
+    const unit_owners o = work.owner;
+    const bool has_raw = work.unit.has_raw();
+    const auto raw_row = [&](int r) {
+      return o.alone() ? merge::read_row(raw_, r) : merge::read_fresh_row(part_of(o.tail, raw_part), r);
+    };
+    warp::attention_row<ValueDim> of_raw;  // of the next row; on its way while parts are joined
+    if (has_raw) of_raw = raw_row(min_of(warp_id(), Rows - 1));
+    if (!o.alone()) {
+      merge::join_blocks(o.last - o.first + 1, part_of(o.first, begun_here), part_of(o.first, begun_before),
+                         kinds * merge::part_floats, coded_);
+      __syncthreads();
+    }
+    for (int r = warp_id(); r < work.unit.rows; r += Warps) {
       auto row = merge::read_row(coded_, r);
       float* const scratch = coded_ + r * merge::row_floats;
       __syncwarp();
       finish(row.channel, row.sum, [&](int c, float x) { scratch[c] = x; });
       __syncwarp();
       for (int i = 0; i < ValueDim / 32; ++i) row.channel[i] = scratch[lane_id() + 32 * i];
-      if (has_raw) row.join(merge::read_row(raw_, r));
-      unit.write(call, r, row);
+      if (has_raw) {
+        row.join(of_raw);
+        of_raw = raw_row(min_of(r + Warps, Rows - 1));
+      }
+      work.unit.write(call, r, row);
     }
   }
 
  private:
-  enum part_kind { begun_before, begun_here, raw_part };
+  enum part_kind { begun_before, begun_here, raw_part, kinds };
   __device__ float* part_of(int block, part_kind kind) const {
-    return global_ + (static_cast<std::int64_t>(block) * 3 + kind) * merge::part_floats;
+    return global_ + (static_cast<std::int64_t>(block) * kinds + kind) * merge::part_floats;
   }
+
+  /// Where warps leave their parts of the 16-bit tokens: where a block has no tiles, there.
+  __device__ float* raw_of_warps(const work_storage<Rows>& work) const {
+    return work.coded ? raw_of_warps_ : of_warps_;
+  }
+  __device__ static int raw_stride(const work_storage<Rows>& work) { return work.coded ? merge::part_floats : Stride; }
 
   float* global_;
   std::uint32_t* counters_;
-  float *of_warps_, *coded_, *raw_;
+  float *of_warps_, *coded_, *raw_, *raw_of_warps_;
 };
 
 }  // namespace packkv::block

@@ -21,6 +21,7 @@ struct decode_launch {
 /// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
 struct unit_owners {
   int first, last, tail;
+  __device__ bool alone() const { return first == tail; }
 };
 
 /// In shared memory.
@@ -92,7 +93,7 @@ class unit_work {
     const sequence_items::split split =
         storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), threadIdx.x == 0);
     if (here() >= split.shares.blocks()) return false;
-    set(s, 0, split.units.items_of(cost), split.shares.begin(here()), split.shares.begin(here() + 1));
+    set(s, 0, split.items, split.shares.begin(here()), split.shares.begin(here() + 1));
     return true;
   }
   /// Works out the split of any launch; `first` is the block's first item. False if it has none.

@@ -43,6 +43,14 @@ class even_shares {
   /// At most `blocks` shares, none of them empty.
   PACKKV_HOST_DEVICE even_shares(std::int32_t total, std::int32_t blocks)
       : blocks_(min_of(blocks, total)), each_(total, max_of(blocks_, 1)) {}
+  /// `blocks` shares of `each` items.
+  PACKKV_HOST_DEVICE static even_shares equal(std::int32_t blocks, std::int32_t each) {
+    even_shares s;
+    s.blocks_ = blocks;
+    s.each_.whole = each;
+    s.each_.rest = 0;
+    return s;
+  }
   PACKKV_HOST_DEVICE std::int32_t blocks() const { return blocks_; }
   /// First item of a block, which may be the end.
   PACKKV_HOST_DEVICE std::int32_t begin(std::int32_t block) const {
@@ -92,13 +100,16 @@ struct unit_alignment {
 
   /// Items of a unit: its tiles, then a tail of which the last item stands for all that is not tiles.
   PACKKV_HOST_DEVICE std::int32_t items_of(const sequence_cost& c) const {
-    if (aligned == 0) return c.tiles + c.raw + unit_cost;
-    const std::int32_t items = own_tail ? c.tiles + aligned : max_of(c.tiles + c.raw, 1);
-    return quotient(items + aligned - 1, aligned).whole * aligned;
+    return aligned == 0 ? c.tiles + c.raw + unit_cost : blocks_of(c) * aligned;
   }
-  /// The shares of up to `blocks` blocks in `total` items.
+  /// Blocks of a unit, where units are aligned.
+  PACKKV_HOST_DEVICE std::int32_t blocks_of(const sequence_cost& c) const {
+    const std::int32_t items = own_tail ? c.tiles + aligned : max_of(c.tiles + c.raw, 1);
+    return quotient(items + aligned - 1, aligned).whole;
+  }
+  /// The shares of up to `blocks` blocks in `total` items, a sum of items_of(...).
   PACKKV_HOST_DEVICE even_shares shares(std::int32_t total, std::int32_t blocks) const {
-    return even_shares(total, aligned > 0 ? quotient(total, aligned).whole : blocks);
+    return aligned > 0 ? even_shares::equal(quotient(total, aligned).whole, aligned) : even_shares(total, blocks);
   }
 };
 
@@ -163,23 +174,30 @@ struct sequence_items {
     }
   }
 
-  /// How a launch is shared.
+  /// How a launch of one sequence is shared.
   struct split {
     even_shares shares;
     unit_alignment units;
+    std::int32_t items;  ///< of each unit
   };
-  /// The same for one sequence. Every thread that comes here gets the split; after a barrier it is here, too, by the
-  /// one that `writes`.
+  /// The same for one sequence, with as few divisions as may be. Every thread that comes here gets the split; after a
+  /// barrier it is here, too, by the one that `writes`.
   __device__ split build_one(const sequence_cost& c, std::int32_t blocks, bool writes) {
     unit_totals all = unit_totals::none();
     all.add(c);
     split s;
     s.units = align_units(all, blocks);
-    const std::int32_t total = c.units * s.units.items_of(c);
-    s.shares = s.units.shares(total, blocks);
+    if (s.units.aligned > 0) {
+      const std::int32_t of_unit = s.units.blocks_of(c);
+      s.items = of_unit * s.units.aligned;
+      s.shares = even_shares::equal(c.units * of_unit, s.units.aligned);
+    } else {
+      s.items = s.units.items_of(c);
+      s.shares = even_shares(c.units * s.items, blocks);
+    }
     if (writes) {
       begin[0] = 0;
-      begin[1] = total;
+      begin[1] = c.units * s.items;
       cost[0] = c;
       units = s.units;
       shares = s.shares;

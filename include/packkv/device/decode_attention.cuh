@@ -97,14 +97,16 @@ checked fused_units(std::int64_t batch, std::int64_t kv_heads, std::int64_t rows
   return checked(min_of<std::int64_t>(batch, block::max_split_sequences)) * kv_heads *
          ceil_div<std::int64_t>(rows, Rows);
 }
-/// Blocks of a launch.
-template <int Rows>
-std::int64_t fused_blocks(const policy::fused_block_shape& shape, checked units, std::int32_t splits) {
-  if (!shape.fits()) return 0;
-  if (splits == 0) return policy::fused_blocks(shape);
-  const std::int64_t most = kernel::max_fused_blocks<Rows>(shape);
+/// Blocks of a launch whose caller asks for `splits` > 0 a unit.
+inline std::int64_t split_blocks(checked units, std::int32_t splits) {
   const checked wanted = units * splits;
-  return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
+  return wanted.valid() ? max_of<std::int64_t>(1, min_of<std::int64_t>(wanted.value(), block::max_parts))
+                        : block::max_parts;
+}
+/// Blocks of a launch.
+inline std::int64_t fused_blocks(const policy::fused_block_shape& shape, checked units, std::int32_t splits) {
+  if (!shape.fits()) return 0;
+  return splits == 0 ? policy::fused_blocks(shape) : split_blocks(units, splits);
 }
 
 /// What the 16-bit tokens of a unit cost, in tiles.
@@ -136,7 +138,7 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, int shared_kib, 
   if (most == 0) return too_much_work();
   const auto shape = kernel::fused_shape<Format, Rows>(shared_kib, BlocksPerSm);
   const std::int64_t blocks =
-      fused_blocks<Rows>(shape, fused_units<Rows>(cache.batch, cache.pages.kv_heads, rows), options.splits);
+      fused_blocks(shape, fused_units<Rows>(cache.batch, cache.pages.kv_heads, rows), options.splits);
   if (const status s = check_workspace(e, checked(blocks) * fused_part_bytes<Format, Rows> + workspace_counter_bytes);
       !s)
     return s;
@@ -201,8 +203,8 @@ checked fused_workspace_bound(std::int64_t batch, std::int64_t kv_heads, std::in
   std::int64_t most = 0;
   const auto count = [&](auto rows_of_pass, int kib, int blocks_per_sm) {
     constexpr int pass = decltype(rows_of_pass)::value;
-    most = max_of(most, fused_blocks<pass>(kernel::fused_shape<Format, pass>(kib, blocks_per_sm),
-                                           fused_units<pass>(batch, kv_heads, rows), splits) *
+    most = max_of(most, fused_blocks(kernel::fused_shape<Format, pass>(kib, blocks_per_sm),
+                                     fused_units<pass>(batch, kv_heads, rows), splits) *
                             fused_part_bytes<Format, pass>);
   };
   const auto count_both = [&](auto rows_of_pass) {

@@ -78,7 +78,7 @@ status plan_launches(const block::decode_call& call, std::int64_t rows, int shar
   plan.query_rows = Rows;
   const checked units = fused_units<Rows>(cache.batch, cache.pages.kv_heads, rows);
   plan.shape = kernel::fused_shape<Format, Rows>(shared_kib, policy::fused_blocks_per_sm(units));
-  plan.blocks = fused_blocks<Rows>(plan.shape, units, call.options.splits);
+  plan.blocks = fused_blocks(plan.shape, units, call.options.splits);
   for (std::int32_t first = 0; first < cache.batch; first += most)
     plan_launch<Rows>(call, first, min_of(most, cache.batch - first), raw_items, plan);
   return {};

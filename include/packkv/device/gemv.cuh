@@ -38,10 +38,7 @@ std::int64_t value_gemv_blocks(std::int64_t batch, std::int64_t kv_heads, std::i
   const auto shape = kernel::value_gemv_shape<typename Format::value_codec_type, Rows>(shared_kib, blocks_per_sm);
   if (!shape.fits()) return 0;
   if (splits == 0) return policy::gemv_blocks(shape);
-  const std::int64_t most =
-      min_of<std::int64_t>(kernel::max_value_gemv_blocks<Rows>(shape), std::int64_t{workspace_counters});
-  const checked wanted = checked(batch) * kv_heads * ceil_div<std::int64_t>(group, Rows) * splits;
-  return wanted.valid() ? max_of<std::int64_t>(1, min_of(wanted.value(), most)) : most;
+  return split_blocks(checked(batch) * kv_heads * ceil_div<std::int64_t>(group, Rows), splits);
 }
 template <class Format, int Rows>
 checked value_gemv_bytes(std::int64_t blocks) {

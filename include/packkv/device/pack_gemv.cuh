@@ -96,7 +96,7 @@ status launch_pack_attention_rows(const warp::pack_source& keys, const warp::pac
   constexpr policy::pack_shape shape = own_type::shape();
   // Parts have 8 floats more than channels, the general kernel's rows 2.
   const std::int64_t most = min_of<std::int64_t>(
-      own_type::max_splits(), max_of<std::int64_t>(1, std::int64_t{most_splits} * (ValueDim + 2) / (ValueDim + 8)));
+      max_of<std::int64_t>(std::int64_t{most_splits} * (ValueDim + 2) / (ValueDim + 8), 1), block::max_parts);
   std::int64_t blocks = 0;
   if (const status s = make_pack_grid(Rows, shape, most, a, blocks); !s) return s;
   return launch_pack_kernel(kernel::pack_attention<KeyDim, ValueDim, Rows, Engine>, blocks, shape, stream, keys, values,

@@ -33,11 +33,6 @@ PACKKV_HOST_DEVICE constexpr policy::fused_block_shape fused_shape(int shared_ki
                                   static_cast<int>(sizeof(fused_storage<Format, Rows>)) + 1024, shared_kib,
                                   blocks_per_sm);
 }
-/// Most blocks of a launch: their factors fit where the tiles were.
-template <int Rows>
-constexpr int max_fused_blocks(const policy::fused_block_shape& shape) {
-  return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
-}
 
 template <class Format, int Rows, warp::copy_engine Engine, class Variant, int SharedKib, int BlocksPerSm>
 class fused_block {
@@ -49,14 +44,13 @@ class fused_block {
   static constexpr auto shape = fused_shape<Format, Rows>(SharedKib, BlocksPerSm);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
-  using parts = block::unit_parts<key_dim, value_dim, Rows, warps, shape.warp_bytes / 4>;
+  using parts = block::unit_parts<key_dim, value_dim, Rows, warps, shape.warp_bytes / 4, shape.raw_warps>;
   using merge = typename parts::merge;
   static constexpr int lane_rows = scores::lane_rows;
   static constexpr int warp_bytes = shape.warp_bytes;
   static_assert(warp_bytes >= stream::buffer_bytes && warp_bytes >= merge::part_floats * 4 &&
-                    shape.shared_bytes == warps * warp_bytes + 2 * merge::part_floats * 4,
+                    shape.shared_bytes == warps * warp_bytes + parts::joined_floats * 4,
                 "the policy knows what the kernel needs");
-  static_assert(max_fused_blocks<Rows>(shape) >= policy::fused_blocks(shape), "all blocks' parts can be joined");
 
   struct temp_storage : fused_storage<Format, Rows> {
     typename stream::temp_storage stream_of[warps];
@@ -71,8 +65,7 @@ class fused_block {
         unit_(storage.work.unit),
         work_(args, storage.work),
         parts_(args.parts, args.counters, reinterpret_cast<float*>(dynamic),
-               reinterpret_cast<float*>(dynamic + warps * warp_bytes),
-               reinterpret_cast<float*>(dynamic + warps * warp_bytes) + merge::part_floats),
+               reinterpret_cast<float*>(dynamic + warps * warp_bytes)),
         stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * warp_bytes) {}
 
   __device__ void run() {
@@ -81,12 +74,14 @@ class fused_block {
     if (!work_.begin(item)) return;
     for (; work_.take(item); item = work_.release()) {
       const block::work_storage<Rows>& work = storage_.work;
-      if (work.coded) {
-        attend();
-      } else {
+      if (work.coded)
+        begin();
+      else
         work_.find_owners();
-        __syncthreads();
-      }
+      // While the first tiles are on their way; the other warps do not wait.
+      if (work.tail && unit_.has_raw()) parts_.attend_raw(work, a_.call, variant_);
+      if (work.coded) add_tiles();
+      __syncthreads();
       if (work.coded || work.tail) {
         finish();
         detail::fence_async_copies();  // the ring takes tiles again
@@ -95,22 +90,26 @@ class fused_block {
   }
 
  private:
-  /// Attends to the unit's coded tiles; every warp leaves its part.
-  __device__ void attend() {
+  __device__ bool shaped() const { return a_.call.options.soft_cap > 0.0f || Variant::active; }
+
+  /// Requests the first of the unit's coded tiles and rounds its queries.
+  __device__ void begin() {
     using namespace packkv::detail;
-    const bool shaped = a_.call.options.soft_cap > 0.0f || Variant::active;
     // The queries first: behind all blocks' first tiles they would wait for microseconds.
     std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
     typename scores::head_values own = {};
     if (warp_id() < Rows || scores::has_basis)
       own = scores::head_values::load(of_head(Format::key(), a_.key, unit_.head));
     if (warp_id() < Rows) unit_.load_query(a_.call, warp_id(), own.channel, query);
-    const block::row_ranges ranges = unit_.ranges();
-    const int first_tile = max_of(storage_.work.lo, ranges.any.begin / tile_tokens);
+    const block::row_ranges ranges = unit_.ranges(a_.call);
+    warp::tile_walk walk = {max_of(storage_.work.lo, ranges.any.begin / tile_tokens), warps, 0, 0};
     const int end_tile = min_of(storage_.work.hi, ceil_div(ranges.any.end, tile_tokens));
-    if (storage_.work.tail && unit_.has_raw())
+    if (storage_.work.tail && unit_.has_raw()) {
       unit_.raw.template prefetch<key_dim, value_dim>(static_cast<int>(threadIdx.x), threads);
-    stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, first_tile + warp_id(), end_tile, warps);
+      walk.late = parts::raw_warps(storage_.work);
+      walk.rounds = policy::raw_chunk_tiles * ceil_div(unit_.raw.chunks(parts::raw_attention::tokens), walk.late);
+    }
+    stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, walk, warp_id(), end_tile);
     work_.find_owners();
     scores::prepare(
         storage_.queries, own,
@@ -120,9 +119,15 @@ class fused_block {
           else
             unit_.load_query(a_.call, r, index, x);
         },
-        a_.call.options.softmax_scale * (shaped ? 1.0f : log2e), warp_id(), warps);
+        a_.call.options.softmax_scale * (shaped() ? 1.0f : log2e), warp_id(), warps);
     __syncthreads();
+  }
 
+  /// Attends to the unit's coded tiles; every warp leaves its part.
+  __device__ void add_tiles() {
+    using namespace packkv::detail;
+    const block::row_ranges ranges = unit_.ranges(a_.call);
+    const bool changed = shaped();
     const scores keys(storage_.queries);
     output sum;
     int tile;
@@ -131,7 +136,7 @@ class fused_block {
       float s[warp::tokens_per_lane][lane_rows];
       keys.compute(key_data, s);
       const int first = tile * tile_tokens;
-      if (__builtin_expect(shaped, 0))
+      if (__builtin_expect(changed, 0))
         for_constants<warp::tokens_per_lane>([&](auto index) {
           constexpr int k = decltype(index)::value;
           for (int i = 0; i < lane_rows; ++i)
@@ -147,7 +152,6 @@ class fused_block {
       stream_.release();
     }
     store_part(sum);
-    __syncthreads();
   }
 
   __device__ void store_part(const output& sum) {
@@ -164,12 +168,9 @@ class fused_block {
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish() {
-    // Needed last; they arrive meanwhile.
+    if (!parts_.hand_in(storage_.work, storage_.last)) return;
     const auto own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
-    bool has_raw;
-    const auto attend_raw = [&](float* to) { parts_.attend_raw(unit_, a_.call, variant_, to); };
-    if (!parts_.join(storage_.work, storage_.last, attend_raw, has_raw)) return;
-    parts_.write(unit_, a_.call, has_raw,
+    parts_.write(storage_.work, a_.call,
                  [&](auto& y, float weight, auto&& sink) { values::finish(own, y, weight, sink); });
   }
 

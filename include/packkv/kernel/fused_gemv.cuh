@@ -55,12 +55,6 @@ PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int share
                                  value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib,
                                  blocks_per_sm);
 }
-/// Most blocks of a launch of the value kernel: their factors fit where the tiles were.
-template <int Rows>
-constexpr int max_value_gemv_blocks(const policy::gemv_block_shape& shape) {
-  return block::max_parts(shape.warps * shape.warp_bytes / 4, shape.warps * detail::warp_threads, Rows);
-}
-
 /// Codec is a static key_codec or grouped_key_codec.
 template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
 class key_gemv_block {
@@ -132,7 +126,6 @@ class value_gemv_block {
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
   using merge = block::part_merge<dim, Rows, warps>;
   static constexpr int part_stride = shape.warp_bytes / 4;
-  static_assert(max_value_gemv_blocks<Rows>(shape) >= policy::gemv_blocks(shape), "all blocks' parts can be joined");
 
   struct temp_storage {
     typename units_type::temp_storage units;
@@ -198,32 +191,33 @@ class value_gemv_block {
   }
 
   /// The part of a block's unit that began there, or before it.
-  __device__ float* part_of(const block::gemv_piece& piece, int block) const {
-    return a_.parts +
-           (static_cast<std::int64_t>(block) * 2 + (block == piece.first_block ? 1 : 0)) * merge::part_floats;
+  __device__ float* part_of(int block, bool began) const {
+    return a_.parts + (static_cast<std::int64_t>(block) * 2 + (began ? 1 : 0)) * merge::part_floats;
   }
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish(const block::gemv_piece& piece) {
     const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
-    merge::join_warps(parts_, part_stride, warps, others == 0 ? joined_ : part_of(piece, here));
-    if (others > 0) {
-      if (!block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last)) return;
-      merge::join_blocks(
-          others + 1, [&](int p) { return part_of(piece, piece.first_block + p); }, [](int, int) {}, parts_, joined_);
-    }
+    merge::template join_warps<warps>(parts_, part_stride, warps,
+                                      others == 0 ? joined_ : part_of(here, here == piece.first_block));
+    if (others > 0 &&
+        !block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last))
+      return;
+    const head_parameters head = of_head(Codec::spec(), a_.parameters, piece.head);
+    const auto own = values::head_values::load(head);  // on their way while parts are joined
+    if (others > 0)
+      merge::join_blocks(others + 1, part_of(piece.first_block, true), part_of(piece.first_block, false),
+                         2 * merge::part_floats, joined_);
     __syncthreads();
-    write(piece);
+    write(piece, head.channel_offset != nullptr, own);
   }
   /// Moves the rows into the original basis and stores them.
-  __device__ void write(const block::gemv_piece& piece) {
+  __device__ void write(const block::gemv_piece& piece, bool has_offset, const typename values::head_values& own) {
     using namespace packkv::detail;
-    const head_parameters head = of_head(Codec::spec(), a_.parameters, piece.head);
-    const auto own = values::head_values::load(head);
     for (int r = warp_id(); r < piece.rows; r += warps) {
       auto row = merge::read_row(joined_, r);
       // Without an offset the sum of the weights does not count, even where it is not finite.
-      values::finish(own, row.channel, head.channel_offset != nullptr ? row.sum : 0.0f, [&](int c, float x) {
+      values::finish(own, row.channel, has_offset ? row.sum : 0.0f, [&](int c, float x) {
         store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
       });
     }

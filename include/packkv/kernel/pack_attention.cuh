@@ -33,12 +33,6 @@ struct pack_attention_warp {
         : Rows * ValueDim > 128 ? 12
                                 : 16);
   }
-  /// Blocks that may share a unit: their parts are joined in this shared memory.
-  static constexpr int max_splits() {
-    constexpr int threads = shape().warps * detail::warp_threads;
-    return block::max_parts(shape().shared_bytes / 4 - block::part_merge<ValueDim, Rows, shape().warps>::part_floats,
-                            threads, Rows);
-  }
 };
 
 /// Softmax of a warp's rows over its tiles, base 2.
@@ -276,18 +270,16 @@ __global__ void __launch_bounds__(
   __syncthreads();
 
   constexpr int stride = static_cast<int>(sizeof(own_type) / sizeof(float));
-  // Where the tiles of the first warp were; scratch goes on behind, when all that lies there has been read.
+  // Where the tiles of the first warp were.
   float* const joined = reinterpret_cast<float*>(all[0].tiles);
   static_assert(sizeof(all[0].tiles) >= merge::part_floats * sizeof(float), "the first warp's tiles have room");
   if (a.splits == 1) {
-    merge::join_warps(all[0].sums.sum[0], stride, warps, joined);
+    merge::template join_warps<warps>(all[0].sums.sum[0], stride, warps, joined);
   } else {
     float* const parts = a.storage.rows + unit.unit * a.splits * merge::part_floats;
-    merge::join_warps(all[0].sums.sum[0], stride, warps, parts + unit.split * merge::part_floats);
+    merge::template join_warps<warps>(all[0].sums.sum[0], stride, warps, parts + unit.split * merge::part_floats);
     if (!block::last_to_arrive(a.storage.counters + unit.unit, static_cast<unsigned>(a.splits - 1), last)) return;
-    merge::join_blocks(
-        a.splits, [&](int p) { return parts + p * merge::part_floats; }, [](int, int) {}, joined + merge::part_floats,
-        joined);
+    merge::join_blocks(a.splits, parts, parts, merge::part_floats, joined);
   }
   __syncthreads();
   for (int r = warp_id(); r < rows; r += warps) {

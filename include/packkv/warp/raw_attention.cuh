@@ -193,8 +193,10 @@ class raw_attention {
                                                        const std::uint32_t (&k)[2][key_words], float (&s)[2][4]) {
     std::uint32_t high[lane_rows][key_words], low[lane_rows][key_words];
     float unit[lane_rows];
+#pragma unroll
     for (int h = 0; h < lane_rows; ++h) {
       float largest = 0.0f;
+#pragma unroll
       for (int i = 0; i < key_words; ++i) {
         const detail::two_floats x = detail::unpack_16bit<!BFloat>(q[h][i]);
         largest = fmaxf(largest, fmaxf(fabsf(x.low), fabsf(x.high)));
@@ -204,6 +206,7 @@ class raw_attention {
       const std::uint32_t of_unit = min_of(max_of(exponent, 9u), 254u) - 8u;
       unit[h] = detail::bit_cast<float>(of_unit << 23);
       const float inverse = detail::bit_cast<float>((254u - of_unit) << 23);
+#pragma unroll
       for (int i = 0; i < key_words; ++i) {
         const detail::two_floats x = detail::unpack_16bit<!BFloat>(q[h][i]);
         split<BFloat>(x.low * inverse, x.high * inverse, high[h][i], low[h][i]);
@@ -212,7 +215,9 @@ class raw_attention {
     float sum[2][4] = {};
     multiply_keys<BFloat>(high, k, sum);
     multiply_keys<BFloat>(low, k, sum);
+#pragma unroll
     for (int half = 0; half < 2; ++half)
+#pragma unroll
       for (int i = 0; i < 4; ++i) s[half][i] = fmaf(sum[half][i], unit[i / 2 % lane_rows], s[half][i]);
   }
   /// Two floats as sums of two numbers of a type.

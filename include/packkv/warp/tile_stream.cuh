@@ -3,7 +3,7 @@
 // One idea: pages are looked up 32 tiles at a time, a lane each, and that lane requests its tile; a tile without a page
 // is passed over.
 //   tile_stream<Format, 2, Engine> stream(storage, buffers);
-//   stream.open(cache, report, b, head, first, end, step);
+//   stream.open(cache, report, b, head, tile_walk{first, Warps, 0, 0}, warp, end);
 //   while (stream.next(tile, keys, values)) { use them; stream.release(); }
 #pragma once
 
@@ -13,6 +13,18 @@
 
 namespace packkv::warp {
 
+/// How warps share tiles: each takes every `warps`-th, but the first `late` warps come `rounds` rounds later, and the
+/// others have the tiles of those rounds.
+struct tile_walk {
+  int first, warps, late, rounds;
+
+  /// Tile i of a warp, from begin(warp) on.
+  __device__ int tile(int warp, int i) const {
+    return first + warp + (i < rounds ? i * (warps - late) - late : i * warps - rounds * late);
+  }
+  __device__ int begin(int warp) const { return warp < late ? rounds : 0; }
+};
+
 /// A warp's stream of pairs of a K tile and a V tile, `Stages` of them on their way or in use.
 template <class Format, int Stages, copy_engine Engine>
 class tile_stream {
@@ -21,22 +33,29 @@ class tile_stream {
   static constexpr int stage_bytes = key_bytes + value_bytes;
   static constexpr int buffer_bytes = Stages * stage_bytes;
   using ring_type = tile_ring<Stages, resolved(Engine)>;
-  using temp_storage = typename ring_type::temp_storage;
+  /// In shared memory, of one warp.
+  struct temp_storage {
+    typename ring_type::temp_storage ring;
+    tile_walk walk;
+  };
 
   /// `buffers`: buffer_bytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
-  __device__ tile_stream(temp_storage& storage, std::uint8_t* buffers) : ring_(storage, buffers, stage_bytes) {}
+  __device__ tile_stream(temp_storage& storage, std::uint8_t* buffers)
+      : ring_(storage.ring, buffers, stage_bytes), walk_(storage.walk) {}
 
-  /// Starts to fetch the tiles first, first + step, ... below `end` of a sequence and KV head. What is wrong with their
-  /// pages is reported.
-  __device__ void open(const cache_view& cache, device_report* report, std::int64_t b, int head, int first, int end,
-                       int step) {
+  /// Starts to fetch a warp's tiles below `end` of a sequence and KV head. What is wrong with their pages is reported.
+  __device__ void open(const cache_view& cache, device_report* report, std::int64_t b, int head, const tile_walk& walk,
+                       int warp, int end) {
     cache_ = &cache;
     report_ = report;
     b_ = b;
     head_ = head;
-    next_ = first;
+    __syncwarp();
+    if (detail::lane_id() == 0) walk_ = walk;
+    __syncwarp();
+    warp_ = warp;
+    next_ = walk.begin(warp);
     end_ = end;
-    step_ = step;
     found_ = 0;
 #pragma unroll 1
     for (int i = 0; i < Stages; ++i) request();
@@ -61,22 +80,24 @@ class tile_stream {
   __device__ void request() {
     if (__builtin_expect(found_ == 0, 0)) {
       do {
-        if (next_ >= end_) return;
+        if (walk_.tile(warp_, next_) >= end_) return;
         look_up();
       } while (found_ == 0);
     }
-    const int lane = __ffs(static_cast<int>(found_)) - 1, tile = next_ + (lane - detail::warp_threads) * step_;
-    ring_.request({keys_, key_bytes}, {values_, value_bytes}, tile, lane);
+    const int lane = __ffs(static_cast<int>(found_)) - 1;
+    ring_.request({keys_, key_bytes}, {values_, value_bytes}, detail::shuffle(tile_, lane), lane);
     found_ &= found_ - 1;
   }
   /// Finds where the next 32 tiles lie, a lane each.
   __device__ void look_up() {
     std::uint32_t flags = 0;
     const pages_view& pages = cache_->pages;
-    const int tile = next_ + detail::lane_id() * step_, per_page = pages.tiles_per_page;
-    const std::int64_t page = tile < end_ ? find_page(cache_->table, pages.num_pages, b_, tile / per_page, flags) : -1;
+    tile_ = walk_.tile(warp_, next_ + detail::lane_id());
+    const int per_page = pages.tiles_per_page;
+    const std::int64_t page =
+        tile_ < end_ ? find_page(cache_->table, pages.num_pages, b_, tile_ / per_page, flags) : -1;
     if (page >= 0) {
-      const std::int64_t slot = tile % per_page;
+      const std::int64_t slot = tile_ % per_page;
       keys_ = static_cast<const std::uint8_t*>(pages.key_data) + page * pages.key_page_stride +
               head_ * pages.key_head_stride + slot * key_bytes;
       values_ = static_cast<const std::uint8_t*>(pages.value_data) + page * pages.value_page_stride +
@@ -84,15 +105,17 @@ class tile_stream {
     }
     detail::add_report(report_, flags, 0);
     found_ = __ballot_sync(detail::all_lanes, page >= 0);
-    next_ += detail::warp_threads * step_;
+    next_ += detail::warp_threads;
   }
 
   ring_type ring_;
   const cache_view* cache_ = nullptr;
   device_report* report_ = nullptr;
   std::int64_t b_ = 0;
-  int head_ = 0, next_ = 0, end_ = 0, step_ = 1;            ///< next_: to be looked up
+  tile_walk& walk_;
+  int head_ = 0, warp_ = 0, next_ = 0, end_ = 0;            ///< next_: of the walk, to be looked up
   const std::uint8_t *keys_ = nullptr, *values_ = nullptr;  ///< the lane's tile of those looked up
+  int tile_ = 0;                                            ///< its number
   std::uint32_t found_ = 0;                                 ///< lanes whose tile has a page and is to be requested
 };
 

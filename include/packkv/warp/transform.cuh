@@ -16,11 +16,11 @@ __device__ inline void hadamard(float (&x)[HeadDim / 32]) {
   using namespace packkv::detail;
   constexpr int block = hadamard_block(HeadDim);
   const int lane = lane_id();
-  for (int stride = 1; stride < warp_threads; stride *= 2)
-    for (int i = 0; i < HeadDim / 32; ++i) {
-      const float other = shuffle_xor(x[i], stride);
-      x[i] = (lane & stride) == 0 ? add_rn(x[i], other) : sub_rn(other, x[i]);
-    }
+  for (int stride = 1; stride < warp_threads; stride *= 2) {
+    const float sign = (lane & stride) == 0 ? 1.0f : -1.0f;
+    for (int i = 0; i < HeadDim / 32; ++i)
+      x[i] = fmaf(sign, x[i], shuffle_xor(x[i], stride));  // one rounding, as that of a sum
+  }
 #pragma unroll
   for (int step = 1; step < block / 32; step *= 2)
 #pragma unroll
