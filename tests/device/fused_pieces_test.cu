@@ -2,6 +2,7 @@
 // How the fused decode kernel shares its work: quotients, even shares, and the items of a ragged batch.
 #include <algorithm>
 #include <packkv/block/work_split.cuh>
+#include <packkv/warp/tile_stream.cuh>
 
 #include "../support/catch.hpp"
 #include "../support/random.hpp"
@@ -58,6 +59,20 @@ __global__ void share_work(const pk::block::sequence_cost* costs, int batch, std
     out->shares = shares.blocks();
     out->aligned = items.units.aligned;
     out->share_begin[samples] = shares.begin(shares.blocks());
+  }
+}
+
+/// How often warps come by each of `count` tiles, and whether a warp ever goes back.
+__global__ void walk_tiles(const pk::warp::tile_walk walk, int count, int* visits, int* backwards) {
+  const int warp = static_cast<int>(threadIdx.x);
+  if (warp >= walk.warps) return;
+  int before = -1;
+  for (int i = walk.begin(warp);; ++i) {
+    const int tile = walk.tile(warp, i) - walk.first;
+    if (tile >= count) return;
+    if (tile <= before) atomicAdd(backwards, 1);
+    before = tile;
+    if (tile >= 0) atomicAdd(visits + tile, 1);
   }
 }
 
@@ -233,4 +248,20 @@ TEST_CASE("a launch of one sequence is shared like a batch of one, by every thre
 TEST_CASE("a launch without work has no shares") {
   check_shares({{0, 0, 0}}, 132);
   check_shares({{0, 7, 4}, {0, 0, 0}}, 5);
+}
+
+TEST_CASE("every tile has one warp, whichever warps come late, and no warp goes back") {
+  random_source random(8005);
+  for (int round = 0; round < 60; ++round) {
+    pk::warp::tile_walk walk{random.between(0, 1000), 1 << random.between(0, 4), 0, 0};
+    if (round > 0) walk.late = random.between(0, walk.warps), walk.rounds = walk.late > 0 ? random.between(0, 8) : 0;
+    const int count = random.between(0, 200);
+    INFO("warps " << walk.warps << ", late " << walk.late << ", rounds " << walk.rounds << ", tiles " << count);
+    device_array<int> visits(std::vector<int>(static_cast<std::size_t>(count) + 1, 0)), backwards(std::vector<int>{0});
+    REQUIRE(pk::detail::launch(walk_tiles, dim3(1), 32, cudaStream_t{}, walk, count, visits.data(), backwards.data()));
+    CHECK(backwards.host()[0] == 0);
+    std::vector<int> once(static_cast<std::size_t>(count) + 1, 1);
+    once.back() = 0;
+    CHECK(visits.host() == once);
+  }
 }

@@ -172,6 +172,19 @@ TEST_CASE("fused decode repeats bit for bit, and hardly depends on the number of
   }
 }
 
+TEST_CASE("fused decode: 16-bit tokens beside so many tiles that the warps which attend to them have some, too") {
+  random_source random(8451);
+  for (const int group : {3, 16}) {
+    test_cache<dim_64> cache(random, cache_shape{1, 1, 64 * 70 - 5, 2, pk::dtype::float16}, dim_64{});
+    auto problem = plain_problem(random, cache, group, 1);
+    problem.set_ring(random, 70);
+    problem.options.splits = 1;  // one block has the tiles and the ring
+    INFO("group " << group);
+    const auto expected = problem.reference(), got = problem.device();
+    check_rows<dim_64>(got, expected);
+  }
+}
+
 TEST_CASE("fused decode: outputs take the queries' type and any strides, and the log-sum-exp may be left out") {
   random_source random(8501);
   for (const auto type : {pk::dtype::float16, pk::dtype::bfloat16}) {
