@@ -64,7 +64,8 @@ class gemv_units {
     }
   }
 
-  /// Finds the block's next piece; false if there is none. Begins and ends with a barrier.
+  /// Finds the block's next piece; false if there is none. Begins with a barrier; all threads see
+  /// the piece behind it.
   __device__ bool next() {
     __syncthreads();
     if (left_ < 2) return left_-- > 0 && storage_.found;

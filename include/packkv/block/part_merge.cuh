@@ -24,17 +24,15 @@ inline constexpr int max_parts = 4096;
 /// Joins parts of rows (sums, maximum, weight) of the warps of a block, and of blocks.
 template <int HeadDim, int Rows, int Warps>
 struct part_merge {
-  static constexpr int threads = Warps * detail::warp_threads;
   /// Floats of a row: its channels, maximum and sum, and padding that keeps rows on different banks.
   static constexpr int row_floats = HeadDim + 8;
   static constexpr int maximum_at = HeadDim, sum_at = HeadDim + 1;
   static constexpr int part_floats = Rows * row_floats;
 
-  /// Joins `count` parts, hardly more than Most, that lie `stride` floats apart at `parts` in shared memory into `to`,
-  /// another part in shared or global memory. The caller synchronises the block before and after.
-  template <int Most>
+  /// Joins `count` <= Warps parts that lie `stride` floats apart at `parts` in shared memory into `to`, another part in
+  /// shared or global memory. The caller synchronises the block before and after.
   __device__ static void join_warps(const float* parts, int stride, int count, float* to) {
-    join<at_once(Most)>(
+    join<at_once(Warps)>(
         count, parts, parts, stride, [](const float* x) { return *x; }, to);
   }
   /// Joins `count` parts in global memory that other blocks have written, into `to` in shared memory: the first, and

@@ -69,11 +69,11 @@ class unit_parts {
     const unit_owners o = work.owner;
     const int here = static_cast<int>(blockIdx.x);
     if (here >= o.first && here <= o.last)
-      merge::template join_warps<Warps>(
-          of_warps_, Stride, Warps, o.alone() ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
+      merge::join_warps(of_warps_, Stride, Warps,
+                        o.alone() ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));
     if (work.tail && work.unit.has_raw() && !(o.alone() && raw_of_warps(work) == raw_))
-      merge::template join_warps<Warps>(raw_of_warps(work), raw_stride(work), raw_warps(work),
-                                        o.alone() ? raw_ : part_of(here, raw_part));
+      merge::join_warps(raw_of_warps(work), raw_stride(work), raw_warps(work),
+                        o.alone() ? raw_ : part_of(here, raw_part));
     __syncthreads();
     if (o.alone()) return true;
     const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));

@@ -107,7 +107,8 @@ struct attention_options {
       nullptr;  ///< positions per sequence, int32 [batch], where local tokens are a part of them; null: seq_lens
   std::int32_t max_query_len = 1;  ///< upper bound of tokens per sequence in this call
   std::int32_t splits =
-      0;  ///< partial results per sequence; 0: chosen from maxima. Results repeat bit for bit for a fixed value
+      0;  ///< partial results per sequence; 0: chosen from maxima. Results repeat bit for bit for a fixed value. Fused
+          ///< kernels have at most 4,096 blocks, whatever is asked for
 };
 
 /// Bytes of one page of one KV head of each side, a lower bound for the strides.

@@ -167,20 +167,6 @@ __device__ inline std::uint32_t arrive(std::uint32_t* counter, std::uint32_t las
 /// A load that sees what other blocks wrote in this launch.
 __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 
-struct floats4 {
-  float value[4];
-};
-/// The same of four floats, 16-byte aligned.
-__device__ inline floats4 load_fresh4(const float* p, [[maybe_unused]] call_site where = call_site::here()) {
-#if defined(PACKKV_SIMT_EXECUTOR)
-  packkv_simt::detail::check_aligned(p, 16, where);
-  return {{__ldcg(p), __ldcg(p + 1), __ldcg(p + 2), __ldcg(p + 3)}};
-#else
-  const float4 x = __ldcg(reinterpret_cast<const float4*>(p));
-  return {{x.x, x.y, x.z, x.w}};
-#endif
-}
-
 /// The block's dynamic shared memory, of the size that the launch gave it; 128-byte aligned.
 __device__ inline std::uint8_t* dynamic_shared() {
 #if defined(PACKKV_SIMT_EXECUTOR)

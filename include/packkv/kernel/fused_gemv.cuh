@@ -55,6 +55,7 @@ PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int share
                                  value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib,
                                  blocks_per_sm);
 }
+
 /// Codec is a static key_codec or grouped_key_codec.
 template <class Codec, int Rows, warp::copy_engine Engine, int SharedKib>
 class key_gemv_block {
@@ -198,8 +199,7 @@ class value_gemv_block {
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish(const block::gemv_piece& piece) {
     const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
-    merge::template join_warps<warps>(parts_, part_stride, warps,
-                                      others == 0 ? joined_ : part_of(here, here == piece.first_block));
+    merge::join_warps(parts_, part_stride, warps, others == 0 ? joined_ : part_of(here, here == piece.first_block));
     if (others > 0 &&
         !block::last_to_arrive(a_.counters + piece.first_block, static_cast<unsigned>(others), storage_.last))
       return;

@@ -274,10 +274,10 @@ __global__ void __launch_bounds__(
   float* const joined = reinterpret_cast<float*>(all[0].tiles);
   static_assert(sizeof(all[0].tiles) >= merge::part_floats * sizeof(float), "the first warp's tiles have room");
   if (a.splits == 1) {
-    merge::template join_warps<warps>(all[0].sums.sum[0], stride, warps, joined);
+    merge::join_warps(all[0].sums.sum[0], stride, warps, joined);
   } else {
     float* const parts = a.storage.rows + unit.unit * a.splits * merge::part_floats;
-    merge::template join_warps<warps>(all[0].sums.sum[0], stride, warps, parts + unit.split * merge::part_floats);
+    merge::join_warps(all[0].sums.sum[0], stride, warps, parts + unit.split * merge::part_floats);
     if (!block::last_to_arrive(a.storage.counters + unit.unit, static_cast<unsigned>(a.splits - 1), last)) return;
     merge::join_blocks(a.splits, parts, parts, merge::part_floats, joined);
   }
