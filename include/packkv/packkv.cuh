@@ -4,11 +4,13 @@
 
 #include <packkv/packkv.hpp>
 
+#include <packkv/block/arrival.cuh>
 #include <packkv/block/decode_unit.cuh>
 #include <packkv/block/part_merge.cuh>
 #include <packkv/block/row_merge.cuh>
 #include <packkv/block/row_ranges.cuh>
 #include <packkv/block/split_merge.cuh>
+#include <packkv/block/sum_merge.cuh>
 #include <packkv/block/unit_parts.cuh>
 #include <packkv/block/unit_work.cuh>
 #include <packkv/block/work_split.cuh>

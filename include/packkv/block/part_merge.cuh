@@ -5,18 +5,10 @@
 //   using merge = part_merge<D, Rows, Warps>;   merge::join_warps(parts, stride, Warps, to);   __syncthreads();
 #pragma once
 
+#include <packkv/block/arrival.cuh>
 #include <packkv/warp/attention_row.cuh>
 
 namespace packkv::block {
-
-/// True in the last of others + 1 blocks that come here for the same counter (0 before and after), which then sees what
-/// the others have written. All threads take part; `last` lies in shared memory.
-__device__ inline bool last_to_arrive(std::uint32_t* counter, unsigned others, bool& last) {
-  __syncthreads();
-  if (threadIdx.x == 0) last = detail::arrive(counter, others) == others;
-  __syncthreads();
-  return last;
-}
 
 /// Most blocks that a launch is split into at a caller's wish: how many parts there may be of a unit.
 inline constexpr int max_parts = 4096;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <packkv/block/gemv_units.cuh>
-#include <packkv/block/part_merge.cuh>
+#include <packkv/block/sum_merge.cuh>
 #include <packkv/policy/fused_gemv.hpp>
 #include <packkv/warp/grouped_key_scores.cuh>
 #include <packkv/warp/grouped_weights.cuh>
@@ -51,7 +51,7 @@ PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape key_gemv_shape(int shared_
 template <class Codec, int Rows>
 PACKKV_HOST_DEVICE constexpr policy::gemv_block_shape value_gemv_shape(int shared_kib, int blocks_per_sm) {
   constexpr int dim = Codec::spec().head_dim;
-  return policy::make_gemv_shape(Codec::spec().tile_bytes(), block::part_merge<dim, Rows, 1>::part_floats * 4,
+  return policy::make_gemv_shape(Codec::spec().tile_bytes(), block::sum_merge<dim, Rows, 1>::part_floats * 4,
                                  value_gemv_fixed_bytes, policy::value_gemv_registers(Rows, dim), shared_kib,
                                  blocks_per_sm);
 }
@@ -96,18 +96,17 @@ class key_gemv_block {
       __syncthreads();
       const scores keys(storage.queries);
       const warp::score_store<Rows> to(a.call.out, piece.b, piece.first_head, piece.rows);
-      int number;
-      const std::uint8_t* tile;
-      while (stream.next(number, tile)) {
+      warp::side_tile tile;
+      while (stream.next(tile)) {
         float s[warp::tokens_per_lane][scores::lane_rows];
-        if (tile != nullptr) {
-          keys.compute(tile, s);
+        if (tile.has_page) {
+          keys.compute(tile.data, s);
         } else {
           for (auto& token : s)
             for (float& x : token) x = -infinity();
         }
         stream.release();
-        to.store(s, number * tile_tokens, piece.length);
+        to.store(s, tile.number * tile_tokens, piece.length);
       }
       stream.report(a.call.report);
     }
@@ -125,7 +124,7 @@ class value_gemv_block {
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
   using units_type = block::gemv_units<Rows, threads>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
-  using merge = block::part_merge<dim, Rows, warps>;
+  using merge = block::sum_merge<dim, Rows, threads>;
   static constexpr int part_stride = shape.warp_bytes / 4;
 
   struct temp_storage {
@@ -164,31 +163,31 @@ class value_gemv_block {
   __device__ void add_tiles(const block::gemv_piece& piece, stream_type& stream) {
     using namespace packkv::detail;
     stream.open(warp::value_pages(a_.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
-    warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows, piece.length);
-    if (piece.lo + warp_id() < piece.hi) source.load((piece.lo + warp_id()) * tile_tokens);
+    stream.start(1);  // no more: behind all blocks' first tiles the weights would wait for microseconds
+    warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows,
+                                     std::int64_t{tile_tokens} * (piece.lo + warp_id()), warps * tile_tokens,
+                                     piece.length);
+    if (piece.lo + warp_id() < piece.hi) source.load();
     stream.start();
     warp::weighted_sum_of<Codec, Rows> sum;
-    int number;
-    const std::uint8_t* tile;
-    while (stream.next(number, tile)) {
-      float w[warp::tokens_per_lane][values::lane_rows];
+    warp::side_tile tile;
+    while (stream.next(tile)) {
+      float w[columns::lane_tokens][values::lane_rows];
       source.get(w);
-      if (tile != nullptr) sum.weigh(tile, w);
-      // The next weights are on their way while this tile is added, and need no registers before.
-      if (number + warps < piece.hi) source.load((number + warps) * tile_tokens);
-      if (tile != nullptr) sum.add(tile);
+      if (tile.has_page) sum.weigh(tile.data, w);
+      // The next weights are on their way while this tile is added, and need no registers before. Behind the last tile
+      // they are another block's, or none.
+      source.load();
+      if (tile.has_page) sum.add(tile.data);
       stream.release();
     }
     stream.report(a_.call.report);
     float* const part = parts_ + warp_id() * part_stride;
     float total[values::lane_rows];
     sum.finish(total, [&](int row, int channel, float x) { part[row * merge::row_floats + channel] = x; });
-    if (lane_id() < 4)
-      for (int i = 0; i < values::lane_rows; ++i) {
-        float* const row = part + columns::row(i) * merge::row_floats;
-        row[merge::maximum_at] = 0.0f;  // parts of equal maximum are added as they are
-        row[merge::sum_at] = total[i];
-      }
+    if (lane_id() < columns::lanes_apart)
+      for (int i = 0; i < values::lane_rows; ++i)
+        part[columns::row(i) * merge::row_floats + merge::weight_at] = total[i];
   }
 
   /// The part of a block's unit that began there, or before it.
@@ -215,9 +214,11 @@ class value_gemv_block {
   __device__ void write(const block::gemv_piece& piece, bool has_offset, const typename values::head_values& own) {
     using namespace packkv::detail;
     for (int r = warp_id(); r < piece.rows; r += warps) {
-      auto row = merge::read_row(joined_, r);
+      const float* const row = joined_ + r * merge::row_floats;
+      float y[dim / warp_threads];
+      for (int i = 0; i < dim / warp_threads; ++i) y[i] = row[lane_id() + warp_threads * i];
       // Without an offset the sum of the weights does not count, even where it is not finite.
-      values::finish(own, row.channel, has_offset ? row.sum : 0.0f, [&](int c, float x) {
+      values::finish(own, y, has_offset ? row[merge::weight_at] : 0.0f, [&](int c, float x) {
         store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
       });
     }

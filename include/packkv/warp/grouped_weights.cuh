@@ -16,11 +16,13 @@ template <class Codec, int Rows>
 class plan_weighted_sum {
  public:
   using values = mma_value_sum<Codec, Rows>;
-  static constexpr int lane_rows = values::lane_rows;
+  static constexpr int lane_rows = values::lane_rows, lane_tokens = values::columns::lane_tokens;
 
-  /// w[k][i]: weight of token 8 * k + lane / 4 and of the lane's row i. All lanes take part, here and below.
-  __device__ void weigh(const std::uint8_t* tile, const float (&w)[tokens_per_lane][lane_rows]) {
-    weights_.weigh(w, load_rows(tile + values::code_bytes), sum_, p_);
+  /// w[k][i]: weight of the lane's token k and row i. All lanes take part, here and below.
+  __device__ void weigh(const std::uint8_t* tile, const float (&w)[lane_tokens][lane_rows]) {
+    float row[lane_tokens];
+    load_rows<Rows>(tile + values::code_bytes, row);
+    weights_.weigh(w, row, sum_, p_);
   }
   /// Adds the tile that was weighed.
   __device__ void add(const std::uint8_t* tile) { sum_.add(tile, p_); }

@@ -26,6 +26,7 @@ class mma_key_scores {
   static constexpr int dim = spec.head_dim;
   static constexpr int code_bytes = spec.code_bytes(), leading_offset = spec.leading_offset();
   using columns = score_columns<Rows>;
+  static_assert(!columns::spread, "keys take 4, 8 or 16 query rows at a time");
   static constexpr int lane_rows = columns::lane_rows;
   static constexpr bool has_basis = spec.transform == transform_kind::basis;
 

@@ -30,6 +30,12 @@ struct value_operand {
     b[t][0][0] = odd ? 0u : x;
     b[t][0][1] = odd ? x : 0u;
   }
+  /// For one row: the operands of all tokens from the lane's weights of two neighbours. Column c has the tokens 8 * c
+  /// on, so a lane's weights are in its own column already.
+  __device__ void set_spread(std::uint32_t weights) {
+    const int column = detail::lane_id() / 4;
+    for (int k = 0; k < tokens_per_lane; ++k) b[k / 2][0][k % 2] = column == k ? weights : 0u;
+  }
 };
 
 /// The planes of V are added in passes, each over the strips that have a plane of that kind.
@@ -119,7 +125,7 @@ class mma_value_sum {
   __device__ void rescale(const float (&factor)[lane_rows]) {
     for (int d = 0; d < strips; ++d)
       for (int n = 0; n < columns::blocks; ++n)
-        for (int r = 0; r < 4; ++r) sum_[d][n][r] *= factor[columns::paired ? 0 : 2 * n + r % 2];
+        for (int r = 0; r < 4; ++r) sum_[d][n][r] *= factor[columns::lane_rows == 1 ? 0 : 2 * n + r % 2];
   }
 
   /// Adds Count strips of a tile, from strip First on, with the weights p, which come with the fold of the first pass.
@@ -140,7 +146,7 @@ class mma_value_sum {
   }
 
   /// sink(row, channel, value): the lane's part of the sums; `zero[i]` is what the weights times row scales of its row
-  /// i add up to, in all lanes. Every (row, channel) comes once.
+  /// i add up to, in all lanes. Every (row, channel) comes once. All lanes take part.
   template <class Sink>
   __device__ void each(const float (&zero)[lane_rows], Sink&& sink) const {
     each_strip([&](auto strip, int i, int channel, float x) {
@@ -151,7 +157,7 @@ class mma_value_sum {
     });
   }
   /// f(strip, i, channel, x): the lane's part of the sums of codes of its row i, of which 1 / sum_unit is the unit;
-  /// `strip` is an integral constant.
+  /// `strip` is an integral constant. All lanes take part.
   template <class Function>
   __device__ void each_strip(Function&& f) const {
     const int group = detail::lane_id() / 4;
@@ -159,8 +165,12 @@ class mma_value_sum {
       constexpr int d = decltype(strip)::value;
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < lane_rows; ++i) {
-          const float x =
-              columns::paired ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1] : sum_[d][i / 2][2 * half + i % 2];
+          float x = columns::lane_rows == 1 ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1]
+                                            : sum_[d][i / 2][2 * half + i % 2];
+          if constexpr (columns::spread) {
+            for (int m = 1; m < 4; m *= 2) x += detail::shuffle_xor(x, m);
+            if (detail::lane_id() % 4 != (2 * d + half) % 4) continue;  // another lane's part
+          }
           f(strip, i, 16 * d + 8 * half + group, x);
         }
     });

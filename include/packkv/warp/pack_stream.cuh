@@ -17,7 +17,7 @@ template <int Bytes, int Gap, copy_engine Engine, int Sides = 1>
 class pack_stream {
  public:
   static constexpr int stages = 2;  ///< tiles under way or in use, at most
-  using ring_type = tile_ring<stages, resolved(Engine)>;
+  using ring_type = tile_ring<stages, resolved(Engine), false>;
   using temp_storage = typename ring_type::temp_storage;
   static constexpr int buffer_bytes = Bytes + Gap;
   static_assert(Bytes % 16 == 0 && Gap % 16 == 0, "tiles are multiples of 16 bytes");

@@ -2,7 +2,7 @@
 // Weights of any size as the operand of mma_value_sum, and where they come from.
 // One idea: weights times row scales are divided by a power of two of each row, which only grows, and by so much that
 // sums are seldom rescaled; what is summed are the rounded weights, so that only their rounding is lost.
-//   weight_source<Rows> from(weights, b, first_head, rows, length);   from.load(first);   from.get(w);
+//   weight_source<Rows> from(weights, b, first_head, rows, first, step, length);   from.load();   from.get(w);
 //   scaled_weights<Sum, Rows> scale;   scale.weigh(w, value_rows, sum, p);   sum.add(tile, p);
 #pragma once
 
@@ -18,48 +18,57 @@ class weight_source {
   using columns = score_columns<Rows>;
   static constexpr int lane_rows = columns::lane_rows;
 
-  /// Of the rows first_head .. first_head + rows - 1 of sequence b, tokens below `length`.
-  __device__ weight_source(const input_view<3>& in, std::int64_t b, std::int64_t first_head, int rows, int length)
-      : type_(in.type), stride_(in.stride[2]), rows_(rows), length_(length) {
+  /// Of the rows first_head .. first_head + rows - 1 of sequence b, tokens below `length`, from token `first` on, every
+  /// `step` tokens a tile.
+  __device__ weight_source(const input_view<3>& in, std::int64_t b, std::int64_t first_head, int rows,
+                           std::int64_t first, int step, int length)
+      : type_(in.type),
+        stride_(in.stride[2]),
+        advance_(step * in.stride[2]),
+        rows_(rows),
+        step_(step),
+        left_(static_cast<int>(length - first) - columns::first_token()) {
     for (int i = 0; i < lane_rows; ++i)
       from_[i] = static_cast<const char*>(
-          detail::address(in, b, first_head + min_of(columns::row(i), rows - 1), detail::lane_id() / 4));
+          detail::address(in, b, first_head + min_of(columns::row(i), rows - 1), first + columns::first_token()));
   }
 
-  /// Starts to load the weights of the tokens first .. first + 63.
-  __device__ void load(int first) {
-    const int count = length_ - first - detail::lane_id() / 4;
+  /// Starts to load the weights of the next tile.
+  __device__ void load() {
     if (type_ == dtype::float32)
-      each(first, count, [](const char* p) { return *reinterpret_cast<const std::uint32_t*>(p); });
+      each([](const char* p) { return *reinterpret_cast<const std::uint32_t*>(p); });
     else
-      each(first, count, [](const char* p) { return std::uint32_t{*reinterpret_cast<const std::uint16_t*>(p)}; });
+      each([](const char* p) { return std::uint32_t{*reinterpret_cast<const std::uint16_t*>(p)}; });
   }
-  /// w[k][i] = weight of token 8 * k + lane / 4 and of the lane's row i; 0 beyond the length and in rows that do not
-  /// exist.
-  __device__ void get(float (&w)[tokens_per_lane][lane_rows]) const {
-    for (int k = 0; k < tokens_per_lane; ++k)
+  /// w[k][i] = weight of the lane's token k and row i; 0 beyond the length and in rows that do not exist.
+  __device__ void get(float (&w)[columns::lane_tokens][lane_rows]) const {
+    for (int k = 0; k < columns::lane_tokens; ++k)
       for (int i = 0; i < lane_rows; ++i)
         w[k][i] = detail::bit_cast<float>(type_ == dtype::float32 ? bits_[k][i] : bits_[k][i] << 16);
     if (type_ == dtype::float16)
-      for (int k = 0; k < tokens_per_lane; ++k)
+      for (int k = 0; k < columns::lane_tokens; ++k)
         for (int i = 0; i < lane_rows; ++i) w[k][i] = detail::unpack_halves(bits_[k][i]).low;
   }
 
  private:
   template <class Load>
-  __device__ void each(int first, int count, Load&& load_bits) {
+  __device__ void each(Load&& load_bits) {
     for (int i = 0; i < lane_rows; ++i) {
-      const char* p = from_[i] + first * stride_;
-      const int visible = columns::row(i) < rows_ ? count : 0;
-      for (int k = 0; k < tokens_per_lane; ++k, p += 8 * stride_) bits_[k][i] = 8 * k < visible ? load_bits(p) : 0u;
+      const char* p = from_[i];
+      from_[i] += advance_;
+      const int visible = columns::row(i) < rows_ ? left_ : 0;
+      for (int k = 0; k < columns::lane_tokens; ++k, p += columns::token_step * stride_)
+        bits_[k][i] = columns::token_step * k < visible ? load_bits(p) : 0u;
     }
+    left_ -= step_;
   }
 
   dtype type_;
-  std::int64_t stride_;
-  int rows_, length_;
-  const char* from_[lane_rows];
-  std::uint32_t bits_[tokens_per_lane][lane_rows];
+  std::int64_t stride_, advance_;  ///< bytes between tokens, and between tiles
+  int rows_, step_;
+  int left_;                     ///< tokens from the lane's first one of the next tile on
+  const char* from_[lane_rows];  ///< that one's weights
+  std::uint32_t bits_[columns::lane_tokens][lane_rows];
 };
 
 /// Sum is an mma_value_sum of Rows rows. Each weight times row scale is rounded to a half: by at most 2^-11 of itself,
@@ -69,7 +78,7 @@ template <class Sum, int Rows>
 class scaled_weights {
  public:
   using columns = score_columns<Rows>;
-  static constexpr int lane_rows = columns::lane_rows;
+  static constexpr int lane_rows = columns::lane_rows, lane_tokens = columns::lane_tokens;
 
   __device__ scaled_weights() {
     for (int i = 0; i < lane_rows; ++i) {
@@ -79,20 +88,21 @@ class scaled_weights {
     }
   }
 
-  /// Turns the weights of a tile and the row scales of its values into the operand, and rescales `sum` if need be. All
-  /// lanes take part.
-  __device__ void weigh(const float (&w)[tokens_per_lane][lane_rows], const detail::bytes16& rows, Sum& sum,
+  /// Turns the weights of a tile and the row scales of its values (load_rows) into the operand, and rescales `sum` if
+  /// need be. All lanes take part.
+  __device__ void weigh(const float (&w)[lane_tokens][lane_rows], const float (&row)[lane_tokens], Sum& sum,
                         value_operand<Rows>& p) {
-    using namespace packkv::detail;
-    float top[lane_rows], row[tokens_per_lane];
-    unpack_rows(rows, row);
+    float top[lane_rows];
     if (rises(w, row, top)) {
       float factor[lane_rows];
       raise(top, factor);
       for (int i = 0; i < lane_rows; ++i) zero_[i] *= factor[i];
       sum.rescale(factor);
     }
-    set_operand(w, row, p, zero_);
+    if constexpr (columns::spread)
+      set_spread_operand(w, row, p);
+    else
+      set_operand(w, row, p, zero_);
   }
 
   /// sink(row, channel, value) gets the lane's part of the sums, and weights[i] becomes what the weights of the lane's
@@ -103,7 +113,7 @@ class scaled_weights {
     total(weights);
     for (int i = 0; i < lane_rows; ++i) {
       zero[i] = zero_[i];
-      for (int m = 4; m < detail::warp_threads; m *= 2) zero[i] += detail::shuffle_xor(zero[i], m);
+      for (int m = columns::lanes_apart; m < detail::warp_threads; m *= 2) zero[i] += detail::shuffle_xor(zero[i], m);
       zero[i] *= passes::power_of_two(-Sum::power);
     }
     sum.each(zero, [&](int row, int channel, float x) {
@@ -115,12 +125,12 @@ class scaled_weights {
  protected:
   /// Counts the weights of a tile. `top`: the lane's largest weight times row scale of each row; whether one of the
   /// warp's is beyond its limit.
-  __device__ bool rises(const float (&w)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
+  __device__ bool rises(const float (&w)[lane_tokens][lane_rows], const float (&row)[lane_tokens],
                         float (&top)[lane_rows]) {
     bool rising = false;
     for (int i = 0; i < lane_rows; ++i) {
       top[i] = 0.0f;
-      for (int k = 0; k < tokens_per_lane; ++k) {
+      for (int k = 0; k < lane_tokens; ++k) {
         top[i] = fmaxf(top[i], fabsf(w[k][i] * row[k]));  // NaN is no maximum
         sum_[i] += w[k][i];
       }
@@ -130,7 +140,7 @@ class scaled_weights {
   }
 
   /// The operand of weights times row scales; what it holds, as it was rounded, is added to `zero`.
-  __device__ void set_operand(const float (&w)[tokens_per_lane][lane_rows], const float (&row)[tokens_per_lane],
+  __device__ void set_operand(const float (&w)[lane_tokens][lane_rows], const float (&row)[lane_tokens],
                               value_operand<Rows>& p, float (&zero)[lane_rows]) const {
     using namespace packkv::detail;
     detail::for_constants<4>([&](auto index) {
@@ -164,7 +174,8 @@ class scaled_weights {
   /// Raises the powers of two for weights up to `top`; sums are to be multiplied by `factor`. All lanes take part.
   __device__ void raise(float (&top)[lane_rows], float (&factor)[lane_rows]) {
     for (int i = 0; i < lane_rows; ++i) {
-      for (int m = 4; m < detail::warp_threads; m *= 2) top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
+      for (int m = columns::lanes_apart; m < detail::warp_threads; m *= 2)
+        top[i] = fmaxf(top[i], detail::shuffle_xor(top[i], m));
       const auto bits = static_cast<int>(detail::bit_cast<std::uint32_t>(top[i]) >> 23);
       const int exponent = max_of(exponent_[i], bits == 255 ? largest : bits - 126);
       factor[i] = exponential(exponent_[i] - exponent);
@@ -175,7 +186,8 @@ class scaled_weights {
   __device__ void total(float (&weights)[lane_rows]) const {
     for (int i = 0; i < lane_rows; ++i) {
       weights[i] = sum_[i];
-      for (int m = 4; m < detail::warp_threads; m *= 2) weights[i] += detail::shuffle_xor(weights[i], m);
+      for (int m = columns::lanes_apart; m < detail::warp_threads; m *= 2)
+        weights[i] += detail::shuffle_xor(weights[i], m);
     }
   }
   /// A sum of the lane's row i times what its weights were divided by. Two factors, because one would not always be a
@@ -185,6 +197,17 @@ class scaled_weights {
   }
 
  private:
+  /// set_operand for one row.
+  __device__ void set_spread_operand(const float (&w)[lane_tokens][lane_rows], const float (&row)[lane_tokens],
+                                     value_operand<Rows>& p) {
+    const int fold = Sum::first_fold(detail::lane_id() / 4);
+    const float unit = exponential(Sum::power - fold);
+    const std::uint32_t h = detail::pack_halves(scaled(w[0][0], row[0] * unit, 0), scaled(w[1][0], row[1] * unit, 0));
+    const detail::two_floats rounded = detail::unpack_halves(h);
+    zero_[0] = fmaf(rounded.low + rounded.high, exponential(fold), zero_[0]);
+    p.set_spread(h);
+  }
+
   /// Weights times row scales are divided by 2^smallest .. 2^largest: all of the range of floats, and what lies beyond.
   static constexpr int smallest = -126, largest = 145;
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tiles of one side and KV head that a warp has to visit, brought into shared memory ahead of their use.
-// One idea: as tile_stream, but of K or of V alone, and every tile comes, in order: one without a page as null.
+// One idea: as tile_stream, but of K or of V alone, and every tile comes, in order, those without a page, too.
 //   side_stream<bytes, 4, Engine> stream(storage, buffers);   stream.open(source, b, first, end, step); stream.start();
-//   while (stream.next(number, tile)) { use it; stream.release(); }   stream.report(to);
+//   while (stream.next(tile)) { use it; stream.release(); }   stream.report(to);
 #pragma once
 
 #include <packkv/codec/pages.hpp>
@@ -31,11 +31,18 @@ __device__ inline side_pages value_pages(const cache_view& cache, int head) {
           p.value_page_stride, p.num_pages, p.tiles_per_page};
 }
 
+/// A tile of a side_stream.
+struct side_tile {
+  int number;  ///< in the sequence
+  bool has_page;
+  const std::uint8_t* data;  ///< in shared memory, if it has one
+};
+
 /// A warp's stream of tiles of one side, `Stages` of them on their way or in use.
 template <int TileBytes, int Stages, copy_engine Engine>
 class side_stream {
  public:
-  using ring_type = tile_ring<Stages, resolved(Engine)>;
+  using ring_type = tile_ring<Stages, resolved(Engine), false>;
   using temp_storage = typename ring_type::temp_storage;
 
   /// `buffers`: Stages * TileBytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
@@ -51,19 +58,19 @@ class side_stream {
     step_ = step;
     look_up();
   }
-  /// Starts to fetch.
-  __device__ void start() {
+  /// Starts to fetch up to `count` tiles ahead, for a start.
+  __device__ void start(int count = Stages) {
 #pragma unroll 1
-    for (int i = 0; i < Stages; ++i) request();
+    for (int i = open_; i < count; ++i) request();
   }
 
-  /// Waits for the next tile; false if there is none. `number` is its number in the sequence, `tile` is null if it has
-  /// no page.
-  __device__ bool next(int& number, const std::uint8_t*& tile) {
+  /// Waits for the next tile; false if there is none.
+  __device__ bool next(side_tile& tile) {
     if (open_ == 0) return false;
-    number = current_;
+    tile.number = current_;
     current_ += step_;
-    tile = (present_ & 1u) != 0 ? ring_.wait() : nullptr;
+    tile.has_page = (present_ & 1u) != 0;
+    if (tile.has_page) tile.data = ring_.wait();
     return true;
   }
   /// All lanes have read that tile.
@@ -83,13 +90,13 @@ class side_stream {
  private:
   __device__ void request() {
     if (next_ >= end_) return;
-    if (known_ == 0) look_up();
-    const int lane = detail::warp_threads - known_;
-    if ((found_ >> lane & 1u) != 0) {
-      ring_.request({address_, TileBytes}, {}, 0, lane);
+    if (lane_ == detail::warp_threads) look_up();
+    if ((found_ & 1u) != 0) {
+      ring_.request({address_, TileBytes}, {}, 0, lane_);
       present_ |= 1u << open_;
     }
-    --known_;
+    found_ >>= 1;
+    ++lane_;
     ++open_;
     next_ += step_;
   }
@@ -101,7 +108,7 @@ class side_stream {
     if (page >= 0)
       address_ = pages_.data + page * pages_.page_stride + static_cast<std::int64_t>(tile % per_page) * TileBytes;
     found_ = __ballot_sync(detail::all_lanes, page >= 0);
-    known_ = detail::warp_threads;
+    lane_ = 0;
   }
 
   ring_type ring_;
@@ -109,8 +116,8 @@ class side_stream {
   std::int64_t b_ = 0;
   const std::uint8_t* address_ = nullptr;  ///< of the lane's tile of those looked up
   int current_ = 0, next_ = 0, end_ = 0, step_ = 1;
-  int known_ = 0, open_ = 0;   ///< tiles looked up and not requested; requested and not released
-  std::uint32_t found_ = 0;    ///< lanes whose tile has a page
+  int lane_ = 0, open_ = 0;    ///< that looked up the next tile; tiles requested and not released
+  std::uint32_t found_ = 0;    ///< bit i: the tile of lane lane_ + i has a page
   std::uint32_t present_ = 0;  ///< bit i: number i of those not released has a page
   std::uint32_t flags_ = 0;
 };

@@ -34,15 +34,15 @@ struct copy_source {
   int bytes = 0;
 };
 
-/// A ring of `Stages` buffers in shared memory, of one warp.
-template <int Stages, copy_engine Engine>
+/// A ring of `Stages` buffers in shared memory, of one warp; Tagged: whether a number comes with each.
+template <int Stages, copy_engine Engine, bool Tagged = true>
 class tile_ring {
  public:
   static_assert(Stages >= 1 && Stages <= 8, "a ring has 1 to 8 stages");
   /// In shared memory, of one warp.
   struct temp_storage {
     detail::mbarrier full[Engine == copy_engine::bulk ? Stages : 1];  // unused by per_thread
-    std::int32_t tag[Stages];
+    std::int32_t tag[Tagged ? Stages : 1];
   };
 
   /// `buffers`: Stages * stage_bytes of shared memory, 16-byte aligned, stage_bytes a multiple of 16. All lanes take
@@ -79,7 +79,10 @@ class tile_ring {
     return buffers_ + stage_of(used_) * stage_bytes_;
   }
   /// The tag of that tile.
-  __device__ std::int32_t tag() const { return storage_.tag[stage_of(used_)]; }
+  __device__ std::int32_t tag() const {
+    static_assert(Tagged, "this ring keeps no tags");
+    return storage_.tag[stage_of(used_)];
+  }
   /// Tiles that are requested and not released.
   __device__ int waiting() const { return static_cast<int>(requested_ - used_); }
 
@@ -98,7 +101,7 @@ class tile_ring {
     first.data = of_lane(first.data, lane);
     if (second.bytes > 0) second.data = of_lane(second.data, lane);
     if (detail::elected()) {
-      storage_.tag[stage_of(requested_)] = tag;
+      if constexpr (Tagged) storage_.tag[stage_of(requested_)] = tag;
       if constexpr (Engine == copy_engine::bulk) {
         detail::mbarrier& full = storage_.full[stage_of(requested_)];
         full.arrive_expect(static_cast<unsigned>(first.bytes + second.bytes));
