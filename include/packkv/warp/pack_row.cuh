@@ -62,15 +62,18 @@ class pack_chunk {
       loaded_[k] = shape_.head(k, lane) < heads && shape_.channel(k, lane) < dim;
   }
 
-  __device__ void load(std::int64_t token, elements& x) const {
+  /// Loads a token; what the lane does not have stays as it is in x.
+  __device__ void load(std::int64_t token, elements& x) const { load_from(offset(token), x); }
+  /// Bytes from token 0 to a token. The sum of two is that of the sum of their tokens.
+  __device__ std::int64_t offset(std::int64_t token) const { return token * token_stride_; }
+  /// load() of the token with this offset.
+  __device__ void load_from(std::int64_t offset, elements& x) const {
+    const char* const row = data_ + offset;
 #pragma unroll
-    for (int k = 0; k < pack_row_shape::loads; ++k) load(token, k, x);
-  }
-  /// One load of a token; x[k] alone is written.
-  __device__ void load(std::int64_t token, int k, elements& x) const {
-    const char* const at =
-        data_ + token * token_stride_ + (shape_.load_bits == 1 ? (k / 2) * head_step_ + (k % 2) * 512 : k * head_step_);
-    x[k] = loaded_[k] ? packkv::detail::load16(at) : packkv::detail::bytes16{};
+    for (int k = 0; k < pack_row_shape::loads; ++k) {
+      const char* const at = row + (shape_.load_bits == 1 ? (k / 2) * head_step_ + (k % 2) * 512 : k * head_step_);
+      if (loaded_[k]) x[k] = packkv::detail::load16(at);
+    }
   }
 
   /// Extent of the lane's elements; combine() joins it with another.
@@ -227,7 +230,7 @@ __device__ inline pack_range find_token_range(const pack_codec& codec, const inp
   std::uint32_t key = pack_chunk<BFloat>::nothing;
   for (int h = 0; h < kv_heads; h += most) {
     const pack_chunk<BFloat> chunk(codec, in, b, h, min_of(most, kv_heads - h));
-    typename pack_chunk<BFloat>::elements x;
+    typename pack_chunk<BFloat>::elements x{};
     chunk.load(token, x);
     key = pack_chunk<BFloat>::combine(key, chunk.extent(x));
   }
@@ -246,7 +249,7 @@ __device__ inline void for_each_code(const pack_codec& codec, const input_view<4
   if (!of_heads && kv_heads > most) range = find_token_range<BFloat>(codec, in, b, kv_heads, token);
   for (int h = 0; h < kv_heads; h += most) {
     const pack_chunk<BFloat> chunk(codec, in, b, h, min_of(most, kv_heads - h));
-    typename pack_chunk<BFloat>::elements x;
+    typename pack_chunk<BFloat>::elements x{};
     chunk.load(token, x);
     if (of_heads) {
       chunk.codes_of_heads(x, 0, nullptr, flags, visit);
