@@ -224,6 +224,51 @@ TEST_CASE("more blocks than run at once, heads that span units, and medians of c
   }
 }
 
+TEST_CASE("medians of tokens whose elements lie next to the boundaries of codes") {
+  random_source random(27);
+#if defined(PACKKV_SIMT_EXECUTOR)
+  constexpr int rounds = 24;
+#else
+  constexpr int rounds = 400;
+#endif
+  for (int round = 0; round < rounds; ++round) {
+    constexpr int dims[] = {64, 96, 128, 192, 512};
+    constexpr float steps[] = {1.0f, 0.5f, 0.2f, 0.1f, 1.0f / 30, 1.0f / 31, 1.0f / 40};
+    const int dim = dims[round % 5], heads = random.between(1, pk::warp::pack_row_shape(dim).heads());
+    const float r =
+        random.one_in(2) ? steps[random.between(0, 6)] : std::exp(-3.6f * static_cast<float>(random.uniform()));
+    const bool floating = random.one_in(2);
+    const pk::pack_codec v =
+        codec(pack_granularity::token, floating ? pack_zero::floating : pack_zero::integer, dim, r);
+    const dtype type = random.one_in(2) ? dtype::bfloat16 : dtype::float16;
+    const float ulp = type == dtype::bfloat16 ? 0x1p-8f : 0x1p-11f;
+    pack_case c(format_of(token_order::median, 16, type, heads, 1, v, v), 2);
+    struct {
+      float low, high, nearby;
+    } token[128];
+    for (auto& t : token) {  // ends of either sign, of very different size, and symmetric ones
+      const float size = std::exp2(static_cast<float>(random.between(-9, 9)));
+      t.low = size * random.normal();
+      t.high = random.one_in(3) ? -t.low : t.low + size * static_cast<float>(random.uniform());
+      if (t.high < t.low) std::swap(t.low, t.high);
+      // The median: one of the elements around where some code begins.
+      const float scale = (t.high - t.low) * r, zero = floating ? 0.0f : std::rint(t.low / scale);
+      const float code = std::floor(static_cast<float>(random.uniform()) / r);
+      const float begin = (floating ? t.low : 0.0f) + (code + zero + 0.5f) * scale;
+      t.nearby = begin * (1.0f + static_cast<float>(random.between(-1, 1)) * ulp);
+      t.nearby = std::min(std::max(t.nearby, t.low), t.high);
+    }
+    const auto fill = [&](std::int64_t head, std::int64_t i, std::int64_t channel) {
+      const auto& t = token[i];
+      if (head == 0 && channel < 2) return channel == 0 ? t.low : t.high;
+      const double u = random.uniform();
+      return u < 0.25 ? t.low : u < 0.5 ? t.high : t.nearby;
+    };
+    for (pack_tensor* x : {&c.keys, &c.values}) x->fill(fill);
+    check_compress(c);
+  }
+}
+
 TEST_CASE("units of fewer heads, as less shared memory needs them, write the same bytes") {
   random_source random(26);
   const pk::pack_codec of_token = codec(pack_granularity::token, pack_zero::integer, 128, 0.1f);

@@ -53,6 +53,33 @@ __device__ inline std::uint32_t max_floats16(std::uint32_t a, std::uint32_t b) {
 #endif
 }
 
+/// 0xffff where a half or bfloat16 of `a` is less than that of `b`, else 0, for both parts of a word; NaN is not.
+template <bool BFloat>
+__device__ inline std::uint32_t masks_of_less(std::uint32_t a, std::uint32_t b) {
+#if !defined(PACKKV_SIMT_EXECUTOR) && defined(__CUDA_ARCH__)
+  constexpr bool has_instruction = !BFloat || __CUDA_ARCH__ >= 900;
+#else
+  constexpr bool has_instruction = false;
+#endif
+  if constexpr (has_instruction) {
+    std::uint32_t y = 0;
+    if constexpr (BFloat)
+      asm("set.lt.u32.bf16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+    else
+      asm("set.lt.u32.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+  } else {
+    const two_floats x = unpack_16bit<BFloat>(a), y = unpack_16bit<BFloat>(b);
+    return (x.low < y.low ? 0xffffu : 0u) | (x.high < y.high ? 0xffff0000u : 0u);
+  }
+}
+/// How many masks there are in a sum of words of such masks, modulo 2^32; at most 65,535 in each part.
+__device__ inline int masks_in(std::uint32_t sum) {
+  // A low one adds 2^16 - 1, a high one -2^16.
+  const std::uint32_t low = -sum & 0xffffu;
+  return static_cast<int>(2 * low) - (static_cast<int>(sum + low) >> 16);
+}
+
 /// Smallest and largest of three, for both unsigned 16-bit parts of a word.
 __device__ inline std::uint32_t min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
 #if defined(PACKKV_SIMT_EXECUTOR)

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels that find the orders median and greedy of packs, before encode_packs; a block of threads per block of tokens.
-// One idea: codes are made from the elements once more, instead of being stored for the encoder.
+// One idea: codes are made from the elements once more, instead of being stored for the encoder; for a median even that
+// is seldom needed (warp/code_boundaries.cuh).
 #pragma once
 
 #include <packkv/block/greedy_order.cuh>
 #include <packkv/kernel/packs.cuh>
+#include <packkv/warp/code_boundaries.cuh>
 #include <packkv/warp/pack_row.cuh>
 
 namespace packkv::kernel {
@@ -47,6 +49,36 @@ __device__ inline int median_of_words(std::uint32_t (&x)[8], std::int64_t total,
   return median;
 }
 
+/// The lower median of the codes of a token of `total` elements, of which a warp has loaded all.
+template <bool BFloat, class Chunk>
+__device__ inline int median_of_token(const Chunk& chunk, const pack_codec& codec, const typename Chunk::elements& x,
+                                      int total) {
+  using namespace packkv::detail;
+  std::uint32_t words[8], present = 0, flags = 0;  // flags: of the encoder, which finds the same
+#pragma unroll
+  for (int k = 0; k < 8; ++k) words[k] = ~0u;
+  const auto keep = [&](int load, int, int, const bytes8& codes) {
+#pragma unroll
+    for (int k = 0; k < warp::pack_row_shape::loads; ++k)
+      if (k == load) {
+        words[2 * k] = codes.word[0];
+        words[2 * k + 1] = codes.word[1];
+      }
+    present |= codes.word[0] | codes.word[1];
+  };
+  if (codec.granularity == pack_granularity::vector) {
+    chunk.codes_of_heads(x, 0, nullptr, flags, keep);
+  } else {
+    pack_range range = chunk.range_of_lanes(chunk.extent(x));
+    const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
+    const warp::code_boundaries<BFloat> boundaries(codec, range, step);
+    if (__builtin_expect(boundaries.known(), 1)) return boundaries.median(x, static_cast<unsigned>(total));
+    chunk.codes(x, range, step, keep);
+  }
+  present |= present >> 16;
+  return median_of_words(words, total, (present | present >> 8) & 0xffu);
+}
+
 /// The median order of every block, to `order` [blocks][64]; `a` is the V side. HeadDim: its, or 0 for any.
 template <bool BFloat, int HeadDim, int Warps>
 __global__ void __launch_bounds__(Warps * 32)
@@ -57,39 +89,16 @@ __global__ void __launch_bounds__(Warps * 32)
   wait_for_kernel_before();
   const pack_codec& codec = a.format.codec(a.which);
   const int heads = a.format.kv_heads;
-  const bool of_heads = codec.granularity == pack_granularity::vector;
   const chunk_type chunk(codec, a.in, 0, 0, heads);
-  std::uint32_t flags = 0;  // of the encoder, which finds the same
   for (std::int64_t block = blockIdx.x; block < a.blocks; block += gridDim.x) {
-    typename chunk_type::elements x, next;
-    chunk.load(block * tile_tokens + warp_id(), next);
+    typename chunk_type::elements x;  // NaN where the lane has nothing to load
+#pragma unroll
+    for (bytes16& of_load : x) of_load = {{~0u, ~0u, ~0u, ~0u}};
+    std::int64_t offset = chunk.offset(block * tile_tokens + warp_id());
 #pragma unroll 1
-    for (int i = 0; i < tile_tokens / Warps; ++i) {
-      const int t = warp_id() + Warps * i;
-#pragma unroll
-      for (int k = 0; k < warp::pack_row_shape::loads; ++k) x[k] = next[k];
-      if (i + 1 < tile_tokens / Warps) chunk.load(block * tile_tokens + t + Warps, next);
-      std::uint32_t words[8], present = 0;
-#pragma unroll
-      for (int k = 0; k < 8; ++k) words[k] = ~0u;
-      const auto keep = [&](int load, int, int, const bytes8& codes) {
-#pragma unroll
-        for (int k = 0; k < warp::pack_row_shape::loads; ++k)
-          if (k == load) {
-            words[2 * k] = codes.word[0];
-            words[2 * k + 1] = codes.word[1];
-          }
-        present |= codes.word[0] | codes.word[1];
-      };
-      if (of_heads) {
-        chunk.codes_of_heads(x, 0, nullptr, flags, keep);
-      } else {
-        pack_range range = chunk.range_of_lanes(chunk.extent(x));
-        const thread::code_step step = thread::make_code_step<BFloat>(codec, range, flags);
-        chunk.codes(x, range, step, keep);
-      }
-      present |= present >> 16;
-      const int value = median_of_words(words, std::int64_t{heads} * codec.head_dim, (present | present >> 8) & 0xffu);
+    for (int t = warp_id(); t < tile_tokens; t += Warps, offset += chunk.offset(Warps)) {
+      chunk.load_from(offset, x);
+      const int value = median_of_token<BFloat>(chunk, codec, x, heads * codec.head_dim);
       if (lane_id() == 0) median[t] = value;
     }
     __syncthreads();
