@@ -4,7 +4,8 @@
 // the program ends at the first wrong byte.
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
-// bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone.
+// bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone;
+// side: store_tokens in another stream, which decode_attention need not wait for, since its ring has the new tokens.
 #include "decode_checks.cuh"
 #include "program.cuh"
 
@@ -223,10 +224,43 @@ measured measure_store(int count) {
   return m;
 }
 
+/// A stream beside the one that is timed.
+class side_stream {
+ public:
+  side_stream() {
+    require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    require(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
+  }
+  side_stream(const side_stream&) = delete;
+  ~side_stream() {
+    (void)cudaEventDestroy(event_);
+    (void)cudaStreamDestroy(stream_);
+  }
+  cudaStream_t stream() const { return stream_; }
+  /// What comes here waits for what is in `main` now.
+  void follow(cudaStream_t main) const { wait(main, stream_); }
+  /// `main` waits for what is here: in a graph behind its last call, else at once.
+  void join_at_end(cudaStream_t main) {
+    cudaStreamCaptureStatus capturing;
+    require(cudaStreamIsCapturing(main, &capturing));
+    if (capturing == cudaStreamCaptureStatusNone || ++calls_ % timing::launches_of_graph == 0) wait(stream_, main);
+  }
+
+ private:
+  void wait(cudaStream_t first, cudaStream_t second) const {
+    require(cudaEventRecord(event_, first));
+    require(cudaStreamWaitEvent(second, event_, 0));
+  }
+  cudaStream_t stream_;
+  cudaEvent_t event_;
+  int calls_ = 0;  ///< captured
+};
+
 /// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, then
-/// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds.
+/// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Beside: store_tokens
+/// runs in a stream of its own, behind the layer before, and is waited for at the end of a graph.
 template <class Format>
-measured measure_step(int count) {
+measured measure_step(int count, bool beside) {
   decode_case c;
   c.batch = count, c.tokens = 4096;
   timing::stopwatch& watch = *program.watch;
@@ -235,9 +269,12 @@ measured measure_step(int count) {
     return std::int64_t{cache.table[static_cast<std::size_t>((i + 1) * cache.row_tiles - 1)]} * 64 + 63;
   };
   const new_tokens tokens(cache.copies, count, slot);
+  side_stream side;
   timing::timed_call both(watch, cache.copies, [&](int i) {
-    tokens.store<Format>(i, cache.parameters, cache.view(i).pages, watch.stream());
+    if (beside) side.follow(watch.stream());
+    tokens.store<Format>(i, cache.parameters, cache.view(i).pages, beside ? side.stream() : watch.stream());
     cache.decode(i, watch.stream());
+    if (beside) side.join_at_end(watch.stream());
   });
   timing::timed_call alone(watch, cache.copies, [&](int i) { cache.decode(i, watch.stream()); });
   device_buffer<uint4> sink(1);
@@ -270,7 +307,9 @@ void add_format(const std::string& format) {
   for (const int count : {1, 64, 512})
     add("store_tokens/" + format + "/" + std::to_string(count), [=] { return measure_store<Format>(count); });
   for (const int count : {1, 64})
-    add("step/" + format + "/" + std::to_string(count), [=] { return measure_step<Format>(count); });
+    for (const bool beside : {false, true})
+      add((beside ? "side/" : "step/") + format + "/" + std::to_string(count),
+          [=] { return measure_step<Format>(count, beside); });
 }
 
 void add_all() {

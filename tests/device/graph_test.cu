@@ -279,6 +279,76 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
   check_cuda(cudaStreamDestroy(stream));
 }
 
+TEST_CASE("store_tokens beside attention that has the new tokens in its ring changes nothing that is read") {
+  random_source random(4);
+  cache_shape shape{5, 2, 700, 1, pk::dtype::float16};
+  test_cache cache(random, shape, format{});
+  cache.fill();
+  decode_problem problem(random, cache, 4, 1);
+  problem.options.window = 0;
+  problem.options.position_stride = 1;
+  problem.options.position_offset = 0;
+  problem.with_kv_begin = problem.with_context = false;
+  problem.sinks = 0;
+  problem.set_ring(random, 64);
+  const std::vector<float> expected = problem.device().out;
+
+  // The last token of each sequence, from its own tensors (number `batch`) or from others, and its slot.
+  const pk::page_table table = cache.host_table();
+  std::uint32_t flags = 0;
+  std::vector<std::int64_t> slot;
+  for (int b = 0; b < shape.batch; ++b) {
+    const int t = cache.lengths[static_cast<std::size_t>(b)] - 1;
+    const std::int32_t page = t < 0 ? -1 : pk::find_page(table, cache.host_pages().num_pages, b, t / 64, flags);
+    slot.push_back(page < 0 ? -1 : std::int64_t{page} * 64 + t % 64);
+  }
+  REQUIRE(std::count_if(slot.begin(), slot.end(), [](std::int64_t at) { return at >= 0; }) > 2);
+  const device_array<std::int64_t> slots(slot);
+  const auto token_of = [](const pk::input_view<4>& all, int b, int t) {
+    pk::input_view<3> x = one_by_one(all);
+    x.data = static_cast<const char*>(all.data) + b * all.stride[0] + t * all.stride[2];
+    x.extent[0] = 1;
+    return x;
+  };
+  cudaStream_t side;
+  check_cuda(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking));
+  const auto store = [&](int b, int t) {
+    pk::exec e = cache.exec();
+    e.stream = side;
+    return pk::store_tokens(token_of(cache.keys.device(), b, t), token_of(cache.values.device(), b, t),
+                            slots.data() + b, cache.gpu_parameters(), cache.gpu_pages(), e);
+  };
+
+  device_array<float> out(expected.size());
+  device_array<float> lse(static_cast<std::size_t>(problem.tokens * problem.heads()));
+  device_array<std::uint8_t> workspace = problem.decode_workspace();
+  cudaStream_t stream;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
+  REQUIRE(pk::initialize_workspace(e));
+  int different = 0;
+  for (int round = 0; round < 200; ++round) {
+    out.assign(std::vector<float>(expected.size(), 7.0f));
+    check_cuda(cudaDeviceSynchronize());
+    for (int b = 0; b < shape.batch; ++b) REQUIRE(store(b, (round * 37 + b) % shape.max_tokens));
+    REQUIRE(pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true),
+                                 cache.gpu_parameters(), problem.out_view(out.data()), problem.lse_view(lse.data()),
+                                 problem.with_arrays(true), e));
+    for (int b = 0; b < shape.batch; ++b) REQUIRE(store(b, (round * 41 + b) % shape.max_tokens));
+    check_cuda(cudaDeviceSynchronize());
+    const std::vector<float> got = out.host();
+    different += std::memcmp(got.data(), expected.data(), 4 * got.size()) != 0;
+  }
+  CHECK(different == 0);
+  // The tokens' own codes again, and no other bit has changed.
+  for (int b = 0; b < shape.batch; ++b)
+    if (slot[static_cast<std::size_t>(b)] >= 0) REQUIRE(store(b, cache.lengths[static_cast<std::size_t>(b)] - 1));
+  check_cuda(cudaDeviceSynchronize());
+  CHECK(cache.device_pages.host() == cache.pages);
+  check_cuda(cudaStreamDestroy(side));
+  check_cuda(cudaStreamDestroy(stream));
+}
+
 // Tagged, because compute-sanitizer counts the refused launch as an error of ours.
 TEST_CASE("a launch that the runtime refuses is a status, and the next call works", "[refused-launch]") {
   const auto too_many_threads =

@@ -153,6 +153,8 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
 /// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
 ///        tokens are untouched. Slots beyond the pages are skipped and reported. Uses no workspace.
+/// \remark May run in another stream beside calls that read other tokens of the same pages: decode_attention whose ring
+///         has the new tokens, which leaves less of this call's time to wait for.
 /// \return unsupported for keys that are grouped along tokens: code their tiles with store_tiles when they are full;
 ///         overflow for 2^31 tokens x KV heads or (nearly) as many.
 template <class Format>
