@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// warp::tile_encoder behind compress and store_tiles: the bytes of the definition, whatever the data.
+// warp::tile_encoder and tile_decoder behind compress, decompress and store_tiles: the bytes and bits of the
+// definition, whatever the data.
 #include "stored_tokens.hpp"
 
 using namespace packkv_test;
@@ -65,9 +66,9 @@ test_cache<Format> hard_cache(random_source& random, cache_shape shape) {
   return cache;
 }
 
-/// Sometimes with a page missing.
-template <class Format>
-void check_decoder(random_source& random, test_cache<Format>& cache) {
+/// Sometimes with a page missing. decompress(keys, values): a status.
+template <class Format, class Call>
+void check_decoder(random_source& random, test_cache<Format>& cache, Call&& decompress) {
   if (random.one_in(3)) {
     cache.table[0] = -1;
     cache.device_table.assign(cache.table);
@@ -76,16 +77,13 @@ void check_decoder(random_source& random, test_cache<Format>& cache) {
   tensor_data k(random, s.type, s.batch, s.kv_heads, s.max_tokens, Format::key_head_dim);
   tensor_data v(random, s.type, s.batch, s.kv_heads, s.max_tokens, Format::value_head_dim);
   for (tensor_data* x : {&k, &v}) {
-    x->pad = 4;
+    x->pad = 4 * random.between(0, 2);  // rows in lines, and not
     x->host_bits.assign(static_cast<std::size_t>(x->rows * x->heads * x->tokens * (x->dim + x->pad)), 0x1234);
     x->device_bits = device_array<std::uint16_t>(x->host_bits);
   }
   REQUIRE(
       pk::detail::encoder_serves<typename Format::key_codec_type>(cache.gpu_parameters().key, as_output(k.device())));
-  REQUIRE(cache.after_failures([&] {
-    return pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
-                          as_output(k.device()), as_output(v.device()), cache.exec());
-  }));
+  REQUIRE(cache.after_failures([&] { return decompress(as_output(k.device()), as_output(v.device())); }));
   REQUIRE(pk::reference::decompress(cache.host_pages(), cache.host_table(), cache.lengths.data(),
                                     cache.host_parameters(), as_output(k.host()), as_output(v.host()), cache.report));
   CHECK((k.device_bits.host() == k.host_bits));
@@ -108,7 +106,10 @@ void check_encoder(random_source& random) {
     }));
     CHECK((cache.device_pages.host() == cache.pages));
     CHECK(cache.gpu_report().flags == cache.report.flags);
-    check_decoder(random, cache);
+    check_decoder(random, cache, [&](const auto& keys, const auto& values) {
+      return pk::decompress(cache.gpu_pages(), cache.gpu_table(), cache.device_lengths.data(), cache.gpu_parameters(),
+                            keys, values, cache.exec());
+    });
   }
 }
 
@@ -123,6 +124,43 @@ TEST_CASE("the tile encoder gives the reference's bytes for hard tokens, and the
     check_encoder<turned>(random);
     check_encoder<dim_64>(random);
     check_encoder<dim_96>(random);
+  }
+}
+
+namespace {
+
+template <class Codec>
+pk::status decompress_with(unsigned blocks, const pk::kernel::compress_args& args, const pk::output_view<4>& out) {
+  constexpr int warps = pk::policy::decoder_warps;
+  constexpr int bytes = warps * static_cast<int>(sizeof(pk::kernel::decompress_storage<Codec, false>));
+  return pk::detail::launch(out.type == pk::dtype::bfloat16 ? pk::kernel::fused_decompress<Codec, true>
+                                                            : pk::kernel::fused_decompress<Codec, false>,
+                            dim3(blocks), {warps * 32, bytes}, cudaStream_t{}, args, out);
+}
+
+/// 144 tiles of a side: 36 of a warp of the only block.
+template <class Format>
+void check_few_blocks(random_source& random, unsigned blocks) {
+  cache_shape shape;
+  shape.batch = 2, shape.kv_heads = 3, shape.max_tokens = 24 * 64 - 5, shape.tiles_per_page = 5;
+  auto cache = hard_cache<Format>(random, shape);
+  cache.fill();
+  check_decoder(random, cache, [&](const auto& keys, const auto& values) {
+    const auto args = pk::detail::make_compress_args<Format>(keys.extent, cache.device_lengths.data(),
+                                                             cache.gpu_pages(), cache.gpu_table(), cache.exec());
+    const pk::status s = decompress_with<typename Format::key_codec_type>(blocks, args, keys);
+    return s ? decompress_with<typename Format::value_codec_type>(blocks, args, values) : s;
+  });
+}
+
+}  // namespace
+
+TEST_CASE("a warp that reconstructs several tiles gives the reference's bits") {
+  random_source random(8150);
+  for (const unsigned blocks : {1u, 2u, 7u, 50u}) {
+    INFO("blocks " << blocks);
+    check_few_blocks<two_bit>(random, blocks);
+    check_few_blocks<dim_96>(random, blocks);
   }
 }
 

@@ -126,6 +126,15 @@ __device__ inline void store16(void* p, const bytes16& x, [[maybe_unused]] call_
 #endif
   *static_cast<bytes16*>(p) = x;
 }
+/// The same, of what is not read again soon: the L2 keeps other lines rather than these.
+__device__ inline void store16_streaming(void* p, const bytes16& x,
+                                         [[maybe_unused]] call_site where = call_site::here()) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  store16(p, x, where);
+#else
+  __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+#endif
+}
 __device__ inline void store8(void* p, const bytes8& x, [[maybe_unused]] call_site where = call_site::here()) {
 #if defined(PACKKV_SIMT_EXECUTOR)
   packkv_simt::detail::check_aligned(p, 8, where);

@@ -6,6 +6,7 @@
 #include <packkv/policy/fused_compress.hpp>
 #include <packkv/warp/tile_decoder.cuh>
 #include <packkv/warp/tile_encoder.cuh>
+#include <packkv/warp/tile_ring.cuh>
 
 namespace packkv::kernel {
 
@@ -64,26 +65,80 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   detail::add_report(report, flags, 0);
 }
 
-/// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
-/// Grid: any number of blocks.
+/// What a warp of fused_decompress has in shared memory: the tile that it reconstructs, and the next one.
 template <class Codec, bool BFloat>
-__global__ void __launch_bounds__(policy::decoder_warps * 32)
+struct decompress_storage {
+  static constexpr int tile_bytes = Codec::spec().tile_bytes();
+  using decoder = warp::tile_decoder<Codec, BFloat>;
+  using ring_type = warp::tile_ring<2, warp::resolved(warp::copy_engine::best)>;
+  typename decoder::temp_storage rows;
+  alignas(16) std::uint8_t tiles[2 * tile_bytes];
+  typename ring_type::temp_storage ring;
+};
+/// Blocks of fused_decompress that an SM holds.
+template <class Codec>
+inline constexpr int decompress_blocks =
+    policy::decoder_blocks(warp::tile_decoder<Codec, false>::together,
+                           policy::decoder_warps* static_cast<int>(sizeof(decompress_storage<Codec, false>)));
+
+/// A tile to reconstruct, null without a page; where its first token goes; its tokens.
+struct decompress_place {
+  const std::uint8_t* tile = nullptr;
+  char* row = nullptr;
+  int count = 0;
+
+  /// What this is in lane `lane`. All lanes take part.
+  __device__ decompress_place of_lane(int lane) const {
+    using detail::shuffle;
+    return {reinterpret_cast<const std::uint8_t*>(shuffle(reinterpret_cast<std::uintptr_t>(tile), lane)),
+            reinterpret_cast<char*>(shuffle(reinterpret_cast<std::uintptr_t>(row), lane)), shuffle(count, lane)};
+  }
+};
+
+/// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
+/// Grid: any number of blocks. Dynamic shared memory: a decompress_storage for each warp.
+template <class Codec, bool BFloat>
+__global__ void __launch_bounds__(policy::decoder_warps * 32, decompress_blocks<Codec>)
     fused_decompress(const __grid_constant__ compress_args a, const __grid_constant__ output_view<4> out) {
   using namespace packkv::detail;
+  using storage_type = decompress_storage<Codec, BFloat>;
   constexpr codec_spec spec = Codec::spec();
+  storage_type& storage = reinterpret_cast<storage_type*>(dynamic_shared())[warp_id()];
+  typename storage_type::ring_type ring(storage.ring, storage.tiles, storage_type::tile_bytes);
+  const std::int64_t stride = out.stride[2];
+  const bool wide = ((reinterpret_cast<std::uintptr_t>(out.data) | out.stride[0] | out.stride[1] | stride) & 8) == 0;
+  const std::int64_t items = compress_items(a),
+                     rounds = ceil_div<std::int64_t>(items, std::int64_t{policy::decoder_warps} * gridDim.x);
   std::uint32_t flags = 0;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * policy::decoder_warps + warp_id();
-       item < compress_items(a); item += static_cast<std::int64_t>(gridDim.x) * policy::decoder_warps) {
-    std::uint32_t table_flags = 0;
-    const compress_place at = compress_place_of(spec.strips.which, spec, a, item, table_flags);
-    if (lane_id() == 0) flags |= table_flags;
-    const auto row = static_cast<char*>(address(out, at.b, at.head, at.first, 0));
-    if (at.tile != nullptr)
-      warp::tile_decoder<Codec, BFloat>::decode(at.tile, at.count, [&](int t) { return row + t * out.stride[2]; });
-    else
-      for (int t = 0; t < at.count; ++t)
+  decompress_place ahead, now;  // of a round to come, each lane its own; of the round before, requested there
+#pragma unroll 1
+  for (std::int64_t round = 0; round <= rounds; ++round) {
+    const int lane = static_cast<int>(static_cast<std::uint32_t>(round) % warp_threads);
+    if (lane == 0) {
+      const std::int64_t item = (blockIdx.x * rounds + round + lane_id()) * policy::decoder_warps + warp_id();
+      compress_place at;
+      if (round + lane_id() < rounds && item < items) at = compress_place_of(spec.strips.which, spec, a, item, flags);
+      ahead = {at.tile, static_cast<char*>(address(out, at.b, at.head, at.first, 0)), at.count};
+    }
+    decompress_place next = ahead.of_lane(lane);
+    if (next.tile != nullptr) {
+      ring.request({next.tile, storage_type::tile_bytes});
+    } else {
+      for (int t = 0; t < next.count; ++t)
         for (int c = lane_id(); c < Codec::head_dim; c += warp_threads)
-          store_element(row + t * out.stride[2] + 2 * c, out.type, nan_float());
+          store_element(next.row + t * stride + 2 * c, out.type, nan_float());
+      next.count = 0;
+    }
+    const std::uint8_t* const tile = now.count > 0 ? ring.wait() : nullptr;
+#pragma unroll 1
+    for (int first = 0; first < now.count; first += warp_threads) {
+      storage_type::decoder::decode(storage.rows, tile, first + lane_id());
+      __syncwarp();
+      storage_type::decoder::store(storage.rows, now.count - first, now.row + first * stride, stride, wide);
+      __syncwarp();
+    }
+    if (now.count > 0) ring.release();
+    now = next;
   }
   detail::add_report(a.report, flags, 0);
 }

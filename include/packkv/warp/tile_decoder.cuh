@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp reconstructs the tokens of a tile of a plan that is known at compile time, to the bits of
-// reference::decode_token. One idea: eight tokens at a time, four lanes a token, the channels 4q .. 4q + 3 of every 16
-// each (warp::token_octet), so that a row of output is whole sectors; the codes of such four are bytes of a register,
-// and a permutation of bytes makes each a float.
-//   warp::tile_decoder<Codec, false>::decode(tile, count, [&](int t) { return row + t * stride; });
+// A warp reconstructs tokens of a tile of a plan that is known at compile time, to the bits of reference::decode_token.
+// One idea: a lane has a token, so that no butterfly crosses lanes and lanes work on many sums at once; 32 tokens go
+// through shared memory, which turns them into whole lines of output.
+//   using decoder = warp::tile_decoder<Codec, false>;   __shared__ decoder::temp_storage storage;
+//   decoder::decode(storage, tile, first + lane_id());   __syncwarp();   decoder::store(storage, 32, to, stride, true);
 #pragma once
 
 #include <packkv/detail/approx.cuh>
@@ -15,113 +15,165 @@ namespace packkv::warp {
 /// For codecs of which has_tile_encoder holds, without offsets and calibrated steps; BFloat: the output's type.
 template <class Codec, bool BFloat>
 class tile_decoder {
+  using octet = token_octet<Codec>;
+  static constexpr int dim = octet::dim, chunks = dim / 8;  ///< of 16 bytes of output, in a token
+
  public:
-  /// Writes the first `count` tokens of a tile; at(t) is the address of `dim` 16-bit channels side by side, 8-byte
-  /// aligned. All lanes take part.
-  template <class At>
-  __device__ static void decode(const std::uint8_t* tile, int count, At&& at) {
+  /// Channels that a lane has in floats at a time.
+  static constexpr int together = octet::turned ? hadamard_block(dim) : 16;
+  /// Of a warp, in shared memory. Rows are 16 bytes apart in the banks: neither lanes with a row each nor lanes with a
+  /// chunk of the same row each are in each other's way.
+  struct temp_storage {
+    alignas(16) std::uint8_t row[detail::warp_threads][2 * dim + 16];
+  };
+
+  /// Makes token t of a tile, each lane its own, the lane's row. `tile`: 4-byte aligned, best in shared memory. All
+  /// lanes take part, here and below; the caller synchronises the warp before and after rows are stored.
+  __device__ static void decode(temp_storage& storage, const std::uint8_t* tile, int t) {
     using namespace packkv::detail;
-    const int q = lane_id() % 4;
-    code_bytes codes;
-#pragma unroll 1
-    for (int first = 0; first < count; first += 8) {
-      const int t = first + lane_id() / 4;
-      const float row =
-          unpack_halves(*reinterpret_cast<const std::uint16_t*>(tile + 4 * octet::strips.words + 2 * row_slot(t))).low;
-      if (first % (8 * code_bytes::octets) == 0) codes.load(reinterpret_cast<const std::uint32_t*>(tile), first / 8);
-      typename octet::elements y;
-      for_constants<octet::blocks>([&](auto block) {
-        constexpr int b = decltype(block)::value, width = octet::template width_of<b>;
-        if constexpr (width == 0)
-          for (int j = 0; j < 4; ++j) y[b][j] = is_nan(row) ? row : 0.0f;
-        else
-          decode_bytes<width>(codes.template of<b>(first / 8), mul_rn(row, gaussian_step(width)), y[b]);
+    const token_codes codes(tile, t);
+    for_constants<dim / together>([&](auto group) {
+      constexpr int from = decltype(group)::value * together;
+      float y[together];
+      for_constants<together / 16>([&](auto part) {
+        constexpr int p = decltype(part)::value;
+        codes.template decode<from / 16 + p>(y + 16 * p);
       });
-      octet::turn(y, q);
-      if (t >= count) continue;
-      char* const to = static_cast<char*>(at(t)) + 8 * q;
-      for (int b = 0; b < octet::blocks; ++b)
-        store8(to + 32 * b, {{pack_16bit<BFloat>(y[b][0], y[b][1]), pack_16bit<BFloat>(y[b][2], y[b][3])}});
+      if constexpr (octet::turned) hadamard_in_lane<1>(y);
+      for (int c = 0; c < together; c += 8) store16(storage.row[lane_id()] + 2 * (from + c), to_16_bits(y + c));
+    });
+  }
+  /// Writes the rows of lanes 0 .. count - 1, at most all, to `to`, `to` + stride, ...: multiples of 8 bytes or, if
+  /// `wide`, of 16.
+  __device__ static void store(const temp_storage& storage, int count, char* to, std::int64_t stride, bool wide) {
+    if (wide && count >= detail::warp_threads)
+      store_all_rows(storage, to, stride);
+    else
+      store_rows(storage, min_of(count, detail::warp_threads), to, stride);
+  }
+
+ private:
+  class token_codes;
+
+  /// The definition's butterflies, from the stage of `Stride` on, and its scale.
+  template <int Stride>
+  __device__ static void hadamard_in_lane(float (&y)[together]) {
+    using namespace packkv::detail;
+    if constexpr (Stride < together) {
+#pragma unroll
+      for (int i = 0; i < together; ++i)
+        if ((i & Stride) == 0) octet::pair(y[i], y[i + Stride]);
+      hadamard_in_lane<2 * Stride>(y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < together; ++i) y[i] = mul_rn(y[i], hadamard_scale(together));
+    }
+  }
+  /// Eight channels, rounded.
+  __device__ static detail::bytes16 to_16_bits(const float* x) {
+    using detail::pack_16bit;
+    return {{pack_16bit<BFloat>(x[0], x[1]), pack_16bit<BFloat>(x[2], x[3]), pack_16bit<BFloat>(x[4], x[5]),
+             pack_16bit<BFloat>(x[6], x[7])}};
+  }
+
+  /// See store.
+  __device__ static void store_rows(const temp_storage& storage, int count, char* row, std::int64_t stride) {
+    using namespace packkv::detail;
+#pragma unroll 1
+    for (int i = lane_id(); i < chunks * count; i += warp_threads) {
+      const int r = i / chunks, c = i % chunks;
+      const bytes16 x = load16(storage.row[r] + 16 * c);
+      char* const to = row + r * stride + 16 * c;
+      store8(to, {{x.word[0], x.word[1]}});
+      store8(to + 8, {{x.word[2], x.word[3]}});
+    }
+  }
+  /// All rows, whole lines at a time.
+  __device__ static void store_all_rows(const temp_storage& storage, char* row, std::int64_t stride) {
+    using namespace packkv::detail;
+    // Every `turns` stores a lane has the chunk of the same number again, `apart` rows further.
+    constexpr int turns = warp_threads % chunks == 0 ? 1 : 3, apart = turns * warp_threads / chunks;
+    static_assert(apart * chunks == turns * warp_threads, "whole rows");
+    for_constants<turns>([&](auto turn) {
+      const int i = warp_threads * decltype(turn)::value + lane_id(), r = i / chunks, c = i % chunks;
+      const std::uint8_t* const from = storage.row[r] + 16 * c;
+      char* to = row + r * stride + 16 * c;
+#pragma unroll
+      for (int n = 0; n < warp_threads / apart; ++n, to += apart * stride)
+        store16_streaming(to, load16(from + n * apart * static_cast<int>(sizeof storage.row[0])));
+    });
+  }
+};
+
+/// The codes of a token, of four channels in the bytes of a register, and its row scale.
+template <class Codec, bool BFloat>
+class tile_decoder<Codec, BFloat>::token_codes {
+  static constexpr bool keys = octet::strips.which == side::key;
+  /// Channel of byte j of the i-th four of a block: as a word of keys has them; words of values have two each.
+  PACKKV_HOST_DEVICE static constexpr int channel_of(int i, int j) {
+    return keys ? 4 * i + j : 2 * i + j / 2 + 8 * (j % 2);
+  }
+
+ public:
+  __device__ token_codes(const std::uint8_t* tile, int t) : t_(t) {
+    using namespace packkv::detail;
+    const auto* const words = reinterpret_cast<const std::uint32_t*>(tile);
+    for_constants<octet::blocks>([&](auto block) {
+      constexpr int b = decltype(block)::value;
+      octet::template for_planes<b>([&](auto bits, auto base, auto from) {
+        constexpr int width = decltype(bits)::value;
+        // A token's fields lie as far from token 0's in all channels.
+        const bit_field own = octet::template field<width>(0, t, 0);
+        for (int i = 0; i < 4; ++i) {
+          const bit_field first = octet::template field<width>(decltype(base)::value, 0, 16 * b + channel_of(i, 0));
+          const std::uint32_t* const word = words + own.word + first.word;
+          std::uint32_t x = word[0];
+          if constexpr (!keys)
+            x = permute_bytes(x, word[value_field(width, 0, 0, 1).word], own.bit < 16 ? 0x5410 : 0x7632);
+          if constexpr (octet::template width_of<b> == 3) {
+            constexpr std::uint32_t low = decltype(from)::value, mask = 0x01010101u * ((1u << width) - 1);
+            bytes_[b][i] = (low == 0 ? 0 : bytes_[b][i]) | (x >> (own.bit % 8 + first.bit) & mask) << low;
+          } else {
+            bytes_[b][i] = x;
+          }
+        }
+      });
+    });
+    row_ = unpack_halves(reinterpret_cast<const std::uint16_t*>(words + octet::strips.words)[row_slot(t)]).low;
+  }
+  /// y[c] = decode_element(code of channel c of block Block), before the transform, without conversions and shifts.
+  template <int Block>
+  __device__ void decode(float* y) const {
+    using namespace packkv::detail;
+    constexpr int width = octet::template width_of<Block>;
+    if constexpr (width == 0) {
+      for (int c = 0; c < 16; ++c) y[c] = is_nan(row_) ? row_ : 0.0f;
+    } else {
+      int bit = 8;  // the lowest of a code whose byte is the second of a word
+      if constexpr (width != 3)
+        bit += octet::template field<width>(0, t_, 0).bit % 8 + octet::template field<width>(0, 0, 16 * Block).bit;
+      // Below the exponent of 2^23 such a word is a float, of which a subtraction leaves what it holds, exactly: the
+      // code less its centre, times 2^bit, which the step makes good.
+      constexpr std::uint32_t base = 0x4b000000u, ones = (1u << width) - 1;
+      const auto centre = bit_cast<float>(base + (ones << (bit - 1)));
+      const auto unit = bit_cast<float>(static_cast<std::uint32_t>(127 - bit) << 23);  // 2^-bit
+      const float step = mul_rn(row_, gaussian_step(width)) * unit;
+      const std::uint32_t mask = 0x01010101u * ones << (bit - 8);
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t bytes = bytes_[Block][i] & mask;
+        for_constants<4>([&](auto index) {
+          constexpr int j = decltype(index)::value;
+          const auto code = bit_cast<float>(permute_bytes(bytes, base, 0x7404u + (j << 4)));
+          y[channel_of(i, j)] = mul_rn(sub_rn(code, centre), step);
+        });
+      }
     }
   }
 
  private:
-  using octet = token_octet<Codec>;
-
-  /// The lane's codes, of a channel in each byte. Bytes of values have the codes of several octets.
-  class code_bytes {
-    PACKKV_HOST_DEVICE static constexpr int widest_plane() {
-      int widest = 1;
-      for (int s = 0; s < octet::strips.count; ++s)
-        widest = max_of(widest, octet::strips.width[s] == 3 ? 2 : octet::strips.width[s]);
-      return widest;
-    }
-    static constexpr bool values = octet::strips.which == side::value;
-
-   public:
-    static constexpr int octets = values ? 8 / widest_plane() : 1;  ///< that one load serves
-
-    /// For the tokens 8 * number on, where `number` is a multiple of `octets`.
-    __device__ void load(const std::uint32_t* tile, int number) {
-      using namespace packkv::detail;
-      const int t = lane_id() / 4, q = lane_id() % 4;
-      for_constants<octet::blocks>([&](auto block) {
-        constexpr int b = decltype(block)::value;
-        octet::template for_planes<b>([&](auto bits, auto base, auto from) {
-          constexpr int width = decltype(bits)::value;
-          // A lane's fields lie as far from lane 0's in all octets and blocks.
-          const bit_field own = octet::template field<width>(0, t, 4 * q);
-          const bit_field first = octet::template field<width>(decltype(base)::value, 8 * number, 16 * b);
-          const std::uint32_t* const word = tile + own.word + first.word;
-          std::uint32_t& bytes = bytes_[b][decltype(from)::value > 0 ? 1 : 0];
-          if constexpr (values) {
-            constexpr int apart = value_field(width, 0, 0, 1).word;
-            const auto byte = static_cast<std::uint32_t>(own.bit / 8), pair = byte | (byte + 4) << 4;
-            bytes = permute_bytes(permute_bytes(word[0], word[apart], pair),
-                                  permute_bytes(word[2 * apart], word[3 * apart], pair), 0x5410);
-          } else {
-            bytes = word[0] >> first.bit;
-          }
-        });
-      });
-    }
-    /// The codes of block Block, of tokens 8 * number on; bits above a code do not matter.
-    template <int Block>
-    __device__ std::uint32_t of(int number) const {
-      constexpr int width = octet::template width_of<Block>;
-      if constexpr (width == 3)
-        return (plane<2>(bytes_[Block][0], number) & 0x03030303u) |
-               (plane<1>(bytes_[Block][1], number) << 2 & 0x04040404u);
-      else
-        return plane<width>(bytes_[Block][0], number);
-    }
-
-   private:
-    template <int Bits>
-    __device__ static std::uint32_t plane(std::uint32_t x, int number) {
-      return values && Bits < 8 ? x >> (Bits * number % 8) : x;
-    }
-    std::uint32_t bytes_[octet::blocks][2];
-  };
-
-  /// y[j] = decode_element(the code in the low bits of byte j, step, Width), without conversions: a byte below the
-  /// exponent of 2^23 is a float, of which a subtraction leaves what it holds, exactly.
-  template <int Width>
-  __device__ static void decode_bytes(std::uint32_t bytes, float step, float (&y)[4]) {
-    using namespace packkv::detail;
-    constexpr float base = 8388608.0f;  // 2^23
-    // Twice the code where a byte has room, since centres are halves of integers.
-    if constexpr (Width < 8) bytes = (bytes & 0x01010101u * ((1u << Width) - 1)) << 1;
-    const float half_step = step * 0.5f;
-    for_constants<4>([&](auto index) {
-      constexpr int j = decltype(index)::value;
-      const auto code = bit_cast<float>(permute_bytes(bytes, 0x4b000000u, 0x7440u + j));
-      if constexpr (Width < 8)
-        y[j] = mul_rn(sub_rn(code, base + 2.0f * code_centre(Width)), half_step);
-      else
-        y[j] = mul_rn(sub_rn(sub_rn(code, base), code_centre(Width)), step);
-    });
-  }
+  std::uint32_t bytes_[octet::blocks][4];
+  float row_;
+  int t_;
 };
 
 }  // namespace packkv::warp

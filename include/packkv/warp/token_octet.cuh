@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Eight tokens in a warp, of a plan that is known at compile time: four lanes a token, the channels 4q .. 4q + 3 of
-// every 16 each. What exact_tokens and tile_decoder have in common. One idea: pairs of registers or of lanes do what
-// the definition does in a loop, in its order.
+// every 16 each (warp::exact_tokens); and where codes lie, which tile_decoder asks, too. One idea: pairs of registers
+// or of lanes do what the definition does in a loop, in its order.
 //   using octet = warp::token_octet<Codec>;   octet::elements y;   octet::turn(y, lane_id() % 4);
 #pragma once
 
@@ -66,7 +66,7 @@ struct token_octet {
         std::integral_constant<int, 2>{});
   }
   template <int Bits>
-  __device__ static bit_field field(int base, int token, int channel) {
+  PACKKV_HOST_DEVICE static constexpr bit_field field(int base, int token, int channel) {
     return strips.which == side::key ? packkv::detail::key_field(Bits, base, strips.channels, token, channel)
                                      : packkv::detail::value_field(Bits, base, token, channel);
   }
