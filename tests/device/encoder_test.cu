@@ -16,8 +16,11 @@ using all_widths = plans<128, pk::identity, pk::plan<4, 3, 1, 0>, pk::plan<8, 8,
 using turned = plans<128, pk::hadamard, pk::plan<8, 3, 2, 1>, pk::plan<4, 4, 3, 3, 2, 2, 1, 0>>;
 using dim_64 = plans<64, pk::hadamard, pk::plan<8, 4, 3, 1>, pk::plan<8, 3, 2, 1>>;
 using dim_96 = plans<96, pk::hadamard, pk::plan<4, 3, 1>, pk::plan<4, 3, 3, 2, 2, 1>>;
+using eight_bit = plans<128, pk::hadamard, pk::plan<8, 8, 8, 8>, pk::plan<8, 8, 8, 8, 8, 8, 8, 8>>;
 
 static_assert(pk::warp::has_tile_encoder<two_bit::key_codec_type>);
+static_assert(pk::kernel::decompress_warps<two_bit::key_codec_type> == 4);
+static_assert(pk::kernel::decompress_warps<eight_bit::key_codec_type> == 2, "four would need more than 99 KiB");
 static_assert(!pk::warp::has_tile_encoder<pk::float16_codec<128>>);
 static_assert(
     !pk::warp::has_tile_encoder<pk::key_codec<128, pk::identity, pk::rms_scale, pk::plan<4, 3, 2, 1>, pk::leading<1>>>);
@@ -131,11 +134,11 @@ namespace {
 
 template <class Codec>
 pk::status decompress_with(unsigned blocks, const pk::kernel::compress_args& args, const pk::output_view<4>& out) {
-  constexpr int warps = pk::policy::decoder_warps;
-  constexpr int bytes = warps * static_cast<int>(sizeof(pk::kernel::decompress_storage<Codec, false>));
   return pk::detail::launch(out.type == pk::dtype::bfloat16 ? pk::kernel::fused_decompress<Codec, true>
                                                             : pk::kernel::fused_decompress<Codec, false>,
-                            dim3(blocks), {warps * 32, bytes}, cudaStream_t{}, args, out);
+                            dim3(blocks),
+                            {pk::kernel::decompress_warps<Codec> * 32, pk::kernel::decompress_bytes<Codec>},
+                            cudaStream_t{}, args, out);
 }
 
 /// 144 tiles of a side: 36 of a warp of the only block.
@@ -161,6 +164,7 @@ TEST_CASE("a warp that reconstructs several tiles gives the reference's bits") {
     INFO("blocks " << blocks);
     check_few_blocks<two_bit>(random, blocks);
     check_few_blocks<dim_96>(random, blocks);
+    check_few_blocks<eight_bit>(random, blocks);
   }
 }
 

@@ -75,11 +75,18 @@ struct decompress_storage {
   alignas(16) std::uint8_t tiles[2 * tile_bytes];
   typename ring_type::temp_storage ring;
 };
-/// Blocks of fused_decompress that an SM holds.
+/// Warps of a block of fused_decompress.
 template <class Codec>
-inline constexpr int decompress_blocks =
-    policy::decoder_blocks(warp::tile_decoder<Codec, false>::together,
-                           policy::decoder_warps* static_cast<int>(sizeof(decompress_storage<Codec, false>)));
+inline constexpr int decompress_warps =
+    policy::decoder_warps(static_cast<int>(sizeof(decompress_storage<Codec, false>)));
+/// Its dynamic shared memory.
+template <class Codec>
+inline constexpr int decompress_bytes =
+    decompress_warps<Codec>* static_cast<int>(sizeof(decompress_storage<Codec, false>));
+/// Blocks of it that an SM holds.
+template <class Codec>
+inline constexpr int decompress_blocks = policy::decoder_blocks(warp::tile_decoder<Codec, false>::together,
+                                                                decompress_bytes<Codec>);
 
 /// A tile to reconstruct, null without a page; where its first token goes; its tokens.
 struct decompress_place {
@@ -98,7 +105,7 @@ struct decompress_place {
 /// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
 /// Grid: any number of blocks. Dynamic shared memory: a decompress_storage for each warp.
 template <class Codec, bool BFloat>
-__global__ void __launch_bounds__(policy::decoder_warps * 32, decompress_blocks<Codec>)
+__global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_blocks<Codec>)
     fused_decompress(const __grid_constant__ compress_args a, const __grid_constant__ output_view<4> out) {
   using namespace packkv::detail;
   using storage_type = decompress_storage<Codec, BFloat>;
@@ -108,14 +115,14 @@ __global__ void __launch_bounds__(policy::decoder_warps * 32, decompress_blocks<
   const std::int64_t stride = out.stride[2];
   const bool wide = ((reinterpret_cast<std::uintptr_t>(out.data) | out.stride[0] | out.stride[1] | stride) & 8) == 0;
   const std::int64_t items = compress_items(a),
-                     rounds = ceil_div<std::int64_t>(items, std::int64_t{policy::decoder_warps} * gridDim.x);
+                     rounds = ceil_div<std::int64_t>(items, std::int64_t{decompress_warps<Codec>} * gridDim.x);
   std::uint32_t flags = 0;
   decompress_place ahead, now;  // of a round to come, each lane its own; of the round before, requested there
 #pragma unroll 1
   for (std::int64_t round = 0; round <= rounds; ++round) {
     const int lane = static_cast<int>(static_cast<std::uint32_t>(round) % warp_threads);
     if (lane == 0) {
-      const std::int64_t item = (blockIdx.x * rounds + round + lane_id()) * policy::decoder_warps + warp_id();
+      const std::int64_t item = (blockIdx.x * rounds + round + lane_id()) * decompress_warps<Codec> + warp_id();
       compress_place at;
       if (round + lane_id() < rounds && item < items) at = compress_place_of(spec.strips.which, spec, a, item, flags);
       ahead = {at.tile, static_cast<char*>(address(out, at.b, at.head, at.first, 0)), at.count};

@@ -10,7 +10,9 @@ namespace packkv::policy {
 inline constexpr int encoder_warps = 4;   ///< of a block, each with tiles of its own
 inline constexpr int encoder_blocks = 4;  ///< of an SM: 128 registers a thread
 
-inline constexpr int decoder_warps = 4;  ///< of a block of fused_decompress, each with tiles of its own
+/// Warps of a block of fused_decompress, each with tiles of its own in so much shared memory: a block fits into the 99
+/// KiB that the smallest GPUs have for one.
+PACKKV_HOST_DEVICE constexpr int decoder_warps(int warp_bytes) { return 4 * warp_bytes <= 99 << 10 ? 4 : 2; }
 /// Of a warp, at least that many if there are enough: one is reconstructed while the next arrives. 8 x 32k tokens of
 /// two_bit in milliseconds (H200, 2026-11-30): 1 tile 0.369, 2 0.334, 4 0.337, as many as make one wave of blocks
 /// 0.355.
@@ -20,10 +22,10 @@ PACKKV_HOST_DEVICE constexpr int decoder_blocks(int channels, int shared_bytes) 
   constexpr int of_sm = 227 << 10, of_system = 1 << 10;  // bytes of shared memory; of a block
   return min_of(channels > 64 ? 3 : 5, of_sm / (shared_bytes + of_system));
 }
-/// Blocks of a launch that reconstructs, of which an SM of an H200 holds `blocks`.
-PACKKV_HOST_DEVICE constexpr std::int64_t decoder_grid(std::int64_t tiles, int blocks) {
-  return min_of(ceil_div<std::int64_t>(tiles, decoder_warps),
-                max_of<std::int64_t>(132 * blocks, ceil_div<std::int64_t>(tiles, decoder_tiles * decoder_warps)));
+/// Blocks of a launch that reconstructs, of so many warps, of which an SM of an H200 holds `blocks`.
+PACKKV_HOST_DEVICE constexpr std::int64_t decoder_grid(std::int64_t tiles, int warps, int blocks) {
+  return min_of(ceil_div<std::int64_t>(tiles, warps),
+                max_of<std::int64_t>(132 * blocks, ceil_div<std::int64_t>(tiles, decoder_tiles * warps)));
 }
 
 /// Blocks of a launch that codes: all that an H200's 132 SMs hold at once, if there are as many.
