@@ -69,9 +69,6 @@ function(packkv_options target)
   if(PACKKV_QUICK_CUDA AND PACKKV_HAS_FAST_COMPILE)
     target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--Ofast-compile=max>")
   endif()
-  if(target MATCHES "^packkv_simt_")  # kernels: g++ 12 does not see that members are read where a flag says so alone
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>)
-  endif()
   list(JOIN host "," host_of_nvcc)
   target_compile_options(${target} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:${host};-Wshadow>" "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${host_of_nvcc}>")

@@ -279,7 +279,12 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
   check_cuda(cudaStreamDestroy(stream));
 }
 
-TEST_CASE("store_tokens beside attention that has the new tokens in its ring changes nothing that is read") {
+namespace {
+
+/// Stores the last token of each sequence again and again beside attention that reads it from a ring of `window`
+/// tokens. With a ring of less than a tile attention reads others of the same tile.
+void check_store_beside_attention(int window) {
+  INFO("window " << window);
   random_source random(4);
   cache_shape shape{5, 2, 700, 1, pk::dtype::float16};
   test_cache cache(random, shape, format{});
@@ -290,7 +295,7 @@ TEST_CASE("store_tokens beside attention that has the new tokens in its ring cha
   problem.options.position_offset = 0;
   problem.with_kv_begin = problem.with_context = false;
   problem.sinks = 0;
-  problem.set_ring(random, 64);
+  problem.set_ring(random, window);
   const std::vector<float> expected = problem.device().out;
 
   // The last token of each sequence, from its own tensors (number `batch`) or from others, and its slot.
@@ -349,6 +354,12 @@ TEST_CASE("store_tokens beside attention that has the new tokens in its ring cha
   CHECK(cache.device_pages.host() == cache.pages);
   check_cuda(cudaStreamDestroy(side));
   check_cuda(cudaStreamDestroy(stream));
+}
+
+}  // namespace
+
+TEST_CASE("store_tokens beside attention that has the new tokens in its ring changes nothing that is read") {
+  for (const int window : {64, 20}) check_store_beside_attention(window);
 }
 
 // Tagged, because compute-sanitizer counts the refused launch as an error of ours.

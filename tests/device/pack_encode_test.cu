@@ -45,6 +45,15 @@ void check_compress(pack_case& c) {
   CHECK(c.flags() == 0);
 }
 
+/// The first on a GPU, the second on the executor, which is slow.
+constexpr int count_of([[maybe_unused]] int gpu, [[maybe_unused]] int executor) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return executor;
+#else
+  return gpu;
+#endif
+}
+
 pk::pack_codec random_codec(random_source& random) {
   constexpr int dims[] = {64, 96, 128, 192, 256, 512};
   return codec(random.one_in(2) ? pack_granularity::token : pack_granularity::vector,
@@ -56,11 +65,7 @@ pk::pack_codec random_codec(random_source& random) {
 
 TEST_CASE("the fast encoder of packs writes the reference's bytes") {
   random_source random(21);
-#if defined(PACKKV_SIMT_EXECUTOR)
-  constexpr int rounds = 40;
-#else
-  constexpr int rounds = 200;
-#endif
+  constexpr int rounds = count_of(200, 40);
   for (int round = 0; round < rounds; ++round) {
     pk::pack_codec key = random_codec(random), value = random_codec(random);
     if (round % 2 == 0) key.head_dim = value.head_dim = 128;  // has kernels of its own
@@ -127,11 +132,7 @@ bool check_codes(const pk::pack_codec& codec, std::uint16_t low, std::uint16_t h
 
 TEST_CASE("codes by products are those by division, for every element of a group and steps whose boundaries it hits") {
   random_source random(22);
-#if defined(PACKKV_SIMT_EXECUTOR)
-  constexpr int rounds = 40;
-#else
-  constexpr int rounds = 400;
-#endif
+  constexpr int rounds = count_of(400, 40);
   int by_products = 0;
   for (int round = 0; round < rounds; ++round) {
     // Steps that are powers of two, or nearly, put elements on boundaries and beside them.
@@ -206,11 +207,7 @@ TEST_CASE("sides of other granularities and strides beside fast ones, in every o
 
 TEST_CASE("more blocks than run at once, heads that span units, and medians of codes in memory") {
   random_source random(25);
-#if defined(PACKKV_SIMT_EXECUTOR)
-  constexpr int blocks = 40;
-#else
-  constexpr int blocks = 1500;
-#endif
+  constexpr int blocks = count_of(1500, 40);
   const pk::pack_codec small = codec(pack_granularity::token, pack_zero::integer, 64, 0.1f);
   pack_case many(format_of(token_order::median, 16, dtype::float16, 1, 1, small, small), blocks);
   many.fill(random);
@@ -226,11 +223,7 @@ TEST_CASE("more blocks than run at once, heads that span units, and medians of c
 
 TEST_CASE("medians of tokens whose elements lie next to the boundaries of codes") {
   random_source random(27);
-#if defined(PACKKV_SIMT_EXECUTOR)
-  constexpr int rounds = 24;
-#else
-  constexpr int rounds = 400;
-#endif
+  constexpr int rounds = count_of(400, 24);
   for (int round = 0; round < rounds; ++round) {
     constexpr int dims[] = {64, 96, 128, 192, 512};
     constexpr float steps[] = {1.0f, 0.5f, 0.2f, 0.1f, 1.0f / 30, 1.0f / 31, 1.0f / 40};

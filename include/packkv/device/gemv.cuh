@@ -52,7 +52,7 @@ checked value_gemv_bytes(std::int64_t blocks) {
 /// Whatever GPU it is, and for every call within these maxima: fewer units may have the other shape of blocks.
 template <class Format>
 checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int32_t splits) {
-  const int rows = policy::value_gemv_rows(group, Format::value_head_dim, false);
+  const int rows = policy::value_gemv_rows(group, Format::value_head_dim);
   const std::int64_t at_once = min_of<std::int64_t>(batch, block::max_split_sequences);
   std::int64_t most = 0;
   const auto count = [&](auto rows_of_pass) {
@@ -66,7 +66,7 @@ checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t
   if constexpr (value_row_alone<typename Format::value_codec_type>) count(std::integral_constant<int, 1>{});
   count(std::integral_constant<int, 4>{});
   if (rows > 4) count(std::integral_constant<int, 8>{});
-  if constexpr (policy::value_gemv_rows(16, Format::value_head_dim, false) == 16)
+  if constexpr (policy::value_gemv_rows(16, Format::value_head_dim) == 16)
     if (rows > 8) count(std::integral_constant<int, 16>{});
   return most;
 }
@@ -145,20 +145,19 @@ status launch_key_gemv(const kernel::fused_gemv_args& args, const exec& e) {
 template <class Format, warp::copy_engine Engine, int SharedKib>
 status launch_value_gemv(const kernel::fused_gemv_args& args, const exec& e, std::int32_t splits) {
   using codec = typename Format::value_codec_type;
-  constexpr int most = policy::value_gemv_rows(16, Format::value_head_dim, false);
-  constexpr bool alone = value_row_alone<codec>;
+  constexpr int most = policy::value_gemv_rows(16, Format::value_head_dim);
   int kib = SharedKib;
   if constexpr (SharedKib == 0)
     if (const status s = compiled_shared_kib(kernel::fused_value_gemv<codec, 4, Engine, 0, 1>, kib); !s) return s;
   const auto shape_of = [](auto rows) {
     return [](int shared_kib) { return kernel::value_gemv_shape<codec, decltype(rows)::value>(shared_kib, 1); };
   };
-  const int rows = policy::value_gemv_rows(args.call.group, Format::value_head_dim, alone);
-  if constexpr (alone)
-    if (rows == 1 && kernel::value_gemv_shape<codec, 1>(kib, 1).fits())
+  if constexpr (value_row_alone<codec>)
+    if (args.call.group == 1 && kernel::value_gemv_shape<codec, 1>(kib, 1).fits())
       return launch_value_gemv<Format, 1, Engine, SharedKib>(args, kib, e, splits);
-  switch (fitting_rows(rows, kib, shape_of(std::integral_constant<int, 4>{}),
-                       shape_of(std::integral_constant<int, 8>{}), shape_of(std::integral_constant<int, most>{}))) {
+  switch (fitting_rows(policy::value_gemv_rows(args.call.group, Format::value_head_dim), kib,
+                       shape_of(std::integral_constant<int, 4>{}), shape_of(std::integral_constant<int, 8>{}),
+                       shape_of(std::integral_constant<int, most>{}))) {
     case 4:
       return launch_value_gemv<Format, 4, Engine, SharedKib>(args, kib, e, splits);
     case 8:

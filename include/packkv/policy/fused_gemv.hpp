@@ -34,9 +34,9 @@ PACKKV_HOST_DEVICE constexpr gemv_registers value_gemv_registers(int rows, int h
 /// Query heads of a KV head that one pass takes: 4, 8 or 16. Sums of 16 rows of 512 channels are more than all
 /// registers.
 PACKKV_HOST_DEVICE constexpr int key_gemv_rows(std::int64_t group) { return group <= 4 ? 4 : group <= 8 ? 8 : 16; }
-/// The same for the value kernel, which takes one query head alone, too (`alone`: whether the codec lets it).
-PACKKV_HOST_DEVICE constexpr int value_gemv_rows(std::int64_t group, int head_dim, bool alone) {
-  return group == 1 && alone ? 1 : min_of(key_gemv_rows(group), head_dim > 256 ? 8 : 16);
+/// The same for the value kernel, which takes one query head of a plan alone, too.
+PACKKV_HOST_DEVICE constexpr int value_gemv_rows(std::int64_t group, int head_dim) {
+  return min_of(key_gemv_rows(group), head_dim > 256 ? 8 : 16);
 }
 
 /// Shape for tiles of `tile_bytes`, parts of sums of `part_bytes` (none: 0), a block that needs `fixed_bytes` of shared

@@ -17,13 +17,13 @@ inline constexpr int tokens_per_lane = tile_tokens / 8;
 template <int Rows>
 struct score_columns {
   static_assert(Rows == 1 || Rows == 4 || Rows == 8 || Rows == 16, "kernels take 1, 4, 8 or 16 query rows at a time");
-  static constexpr bool spread = Rows == 1;              ///< the row has all columns, each eight tokens of a tile
-  static constexpr bool paired = Rows == 4;              ///< a row has two columns: high and low byte
-  static constexpr int blocks = Rows <= 4 ? 1 : Rows / 8;    ///< of eight columns
-  static constexpr int lane_rows = Rows <= 4 ? 1 : 2 * blocks;  ///< rows that a lane has scores of
-  static constexpr int products = Rows <= 4 ? 1 : 2 * blocks;   ///< of K: paired, or high and low byte of each block
+  static constexpr bool spread = Rows == 1;                         ///< the row has all columns, each eight tokens
+  static constexpr bool paired = Rows == 4;                         ///< a row has two columns: high and low byte
+  static constexpr int blocks = Rows <= 4 ? 1 : Rows / 8;           ///< of eight columns
+  static constexpr int lane_rows = Rows <= 4 ? 1 : 2 * blocks;      ///< rows that a lane has scores of
+  static constexpr int products = lane_rows;                        ///< of K: paired, or two bytes of each block
   static constexpr int lane_tokens = spread ? 2 : tokens_per_lane;  ///< of a tile, that a lane has scores of
-  static constexpr int lanes_apart = spread ? 1 : 4;  ///< lanes i, i + lanes_apart, ... have the same rows
+  static constexpr int lanes_apart = spread ? 1 : 4;                ///< lanes so far apart have the same rows
 
   /// Row number i (0..lane_rows - 1) of a lane.
   __device__ static int row(int i) {
