@@ -194,14 +194,32 @@ struct block_size {
       : threads(threads_), shared_bytes(shared_bytes_), early(early_) {}
 };
 
-/// Waits until the kernel before in the stream has ended and all can see what it has written, and lets the next one
-/// begin to do the same. A kernel that is launched early (programmatic dependent launch, sm_90 and later) touches
-/// nothing but its parameters and shared memory before.
-__device__ inline void wait_for_kernel_before() {
+/// Lets the next kernel in the stream begin once all blocks of this one have, if it is launched early (programmatic
+/// dependent launch, sm_90 and later).
+__device__ inline void let_next_kernel_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(PACKKV_SIMT_EXECUTOR)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Lets the next kernel begin, and waits until the kernel before in the stream has ended and all can see what it has
+/// written. A kernel that is launched early touches nothing but its parameters and shared memory before.
+__device__ inline void wait_for_kernel_before() {
+  let_next_kernel_begin();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(PACKKV_SIMT_EXECUTOR)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+/// The first line of each of two kernels of a call, neither of which needs what the other writes. The second, launched
+/// early, begins beside the last blocks of the first. The first is not launched early: what the second needs has been
+/// written before the first began.
+template <bool First>
+__device__ void begin_one_of_two() {
+  if constexpr (First) let_next_kernel_begin();
+}
+/// Their last line: the second does not end before the first, so that whatever comes next waits for both.
+template <bool First>
+__device__ void end_one_of_two() {
+  if constexpr (!First) wait_for_kernel_before();
 }
 
 #if !defined(__CUDACC_RTC__)  // NVRTC has no CUDA runtime
@@ -256,7 +274,8 @@ status compiled_architecture([[maybe_unused]] void (*kernel)(Parameter...), int&
 #endif
 }
 
-/// As launch, for a kernel that begins with wait_for_kernel_before: early where code of sm_90 or later runs.
+/// As launch, for a kernel that begins with wait_for_kernel_before, or is the second of two: early where code of sm_90
+/// or later runs.
 template <class... Parameter>
 status launch_early(void (*kernel)(Parameter...), dim3 grid, block_size block, cudaStream_t stream,
                     Parameter... parameter) {

@@ -56,14 +56,27 @@ bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] 
   }
 }
 
+/// Launches the kernel of keys, or that of values beside its last blocks.
+template <class Codec, class... Parameter>
+status launch_side(void (*kernel)(Parameter...), std::int64_t blocks, block_size block, cudaStream_t stream,
+                   Parameter... parameter) {
+  return kernel::is_key<Codec> ? launch(kernel, grid_for(blocks), block, stream, parameter...)
+                               : launch_early(kernel, grid_for(blocks), block, stream, parameter...);
+}
+
+/// Blocks of a launch that codes so many tiles.
+inline std::int64_t encoder_grid(std::int64_t tiles) {
+  return policy::coder_grid(tiles, policy::encoder_warps, policy::encoder_blocks, policy::encoder_tiles);
+}
+
 template <int HeadDim, class Codec>
 status compress_side(const kernel::side_args& s, const kernel::compress_args& a, const input_view<4>& in,
                      std::int64_t tiles, cudaStream_t stream) {
   if constexpr (warp::has_tile_encoder<Codec>)
     if (encoder_serves<Codec>(s.parameters, in))
-      return launch(
+      return launch_side<Codec>(
           in.type == dtype::bfloat16 ? kernel::fused_compress<Codec, true> : kernel::fused_compress<Codec, false>,
-          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, stream, a, in);
+          encoder_grid(tiles), policy::encoder_warps * 32, stream, a, in);
   return launch(kernel::compress<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, stream, s, a, in);
 }
 
@@ -72,9 +85,10 @@ status decompress_side(const kernel::side_args& s, const kernel::compress_args& 
                        std::int64_t tiles, std::int64_t tokens, cudaStream_t stream) {
   if constexpr (warp::has_tile_encoder<Codec>)
     if (encoder_serves<Codec>(s.parameters, out) && out.type != dtype::float32)
-      return launch(
+      return launch_side<Codec>(
           out.type == dtype::bfloat16 ? kernel::fused_decompress<Codec, true> : kernel::fused_decompress<Codec, false>,
-          grid_for(policy::decoder_grid(tiles, kernel::decompress_warps<Codec>, kernel::decompress_blocks<Codec>)),
+          policy::coder_grid(tiles, kernel::decompress_warps<Codec>, kernel::decompress_blocks<Codec>,
+                             policy::decoder_tiles),
           {kernel::decompress_warps<Codec> * 32, kernel::decompress_bytes<Codec>}, stream, a, out);
   return launch(kernel::decompress<HeadDim>, grid_for(ceil_div<std::int64_t>(tokens, kernel::compress_warps)),
                 kernel::compress_warps * 32, stream, s, a, out);
@@ -86,9 +100,9 @@ status store_tiles_of_side(const kernel::side_args& s, const pages_view& pages, 
   const std::int64_t tiles = n * pages.kv_heads;
   if constexpr (warp::has_tile_encoder<Codec>)
     if (encoder_serves<Codec>(s.parameters, in))
-      return launch(
+      return launch_side<Codec>(
           in.type == dtype::bfloat16 ? kernel::fused_store_tiles<Codec, true> : kernel::fused_store_tiles<Codec, false>,
-          grid_for(policy::encoder_grid(tiles)), policy::encoder_warps * 32, e.stream, pages, in, moves, n, e.report);
+          encoder_grid(tiles), policy::encoder_warps * 32, e.stream, pages, in, moves, n, e.report);
   return launch(kernel::store_tiles<HeadDim>, grid_for(tiles), kernel::compress_warps * 32, e.stream, s, pages, in,
                 moves, n, e.report);
 }

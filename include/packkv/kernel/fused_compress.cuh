@@ -10,6 +10,10 @@
 
 namespace packkv::kernel {
 
+/// Whether a codec is that of keys, whose kernel of a call comes first.
+template <class Codec>
+inline constexpr bool is_key = Codec::spec().strips.which == side::key;
+
 /// Codes every tile of one side, whose channels lie side by side, 8-byte aligned. Grid: any number of blocks.
 template <class Codec, bool BFloat>
 __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_blocks)
@@ -17,6 +21,7 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   using namespace packkv::detail;
   using encoder_type = warp::tile_encoder<Codec, BFloat>;
   constexpr codec_spec spec = Codec::spec();
+  begin_one_of_two<is_key<Codec>>();
   __shared__ typename encoder_type::temp_storage storage[policy::encoder_warps];
   encoder_type encoder(storage[warp_id()]);
   std::uint32_t flags = 0;
@@ -31,6 +36,7 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   }
   encoder.finish(flags);
   detail::add_report(a.report, flags, 0);
+  end_one_of_two<is_key<Codec>>();
 }
 
 /// Codes n tiles of one side from where their moves say that the tokens are; otherwise as above.
@@ -41,6 +47,7 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   using namespace packkv::detail;
   using encoder_type = warp::tile_encoder<Codec, BFloat>;
   constexpr codec_spec spec = Codec::spec();
+  begin_one_of_two<is_key<Codec>>();
   __shared__ typename encoder_type::temp_storage storage[policy::encoder_warps];
   encoder_type encoder(storage[warp_id()]);
   std::uint32_t flags = 0;
@@ -63,6 +70,7 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
   }
   encoder.finish(flags);
   detail::add_report(report, flags, 0);
+  end_one_of_two<is_key<Codec>>();
 }
 
 /// What a warp of fused_decompress has in shared memory: the tile that it reconstructs, and the next one.
@@ -110,6 +118,7 @@ __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_block
   using namespace packkv::detail;
   using storage_type = decompress_storage<Codec, BFloat>;
   constexpr codec_spec spec = Codec::spec();
+  begin_one_of_two<is_key<Codec>>();
   storage_type& storage = reinterpret_cast<storage_type*>(dynamic_shared())[warp_id()];
   typename storage_type::ring_type ring(storage.ring, storage.tiles, storage_type::tile_bytes);
   const std::int64_t stride = out.stride[2];
@@ -148,6 +157,7 @@ __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_block
     now = next;
   }
   detail::add_report(a.report, flags, 0);
+  end_one_of_two<is_key<Codec>>();
 }
 
 }  // namespace packkv::kernel
