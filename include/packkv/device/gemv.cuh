@@ -71,15 +71,17 @@ checked value_gemv_bound(std::int64_t batch, std::int64_t kv_heads, std::int64_t
   return most;
 }
 
-/// Calls launch(args) for each part of the batch that one launch takes.
+/// Calls launch(args) for each part of the batch that one launch of `blocks` blocks takes.
 template <int Rows, class Launch>
-status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
+status for_each_launch(kernel::fused_gemv_args args, std::int64_t blocks, Launch&& launch_part) {
   const cache_view& cache = args.call.cache;
   const std::int32_t most = sequences_per_launch<Rows>(cache, args.call.group, 0);
   if (most == 0) return too_much_work();
   for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.call.first_sequence = first;
     args.call.sequences = min_of(most, cache.batch - first);
+    args.call.unit_blocks = block::single_unit_blocks(
+        args.call.sequences == 1 ? fused_units<Rows>(1, cache.pages.kv_heads, args.call.group).value() : 0, blocks);
     if (const status s = launch_part(args); !s) return s;
   }
   return {};
@@ -88,9 +90,9 @@ status for_each_launch(kernel::fused_gemv_args args, Launch&& launch_part) {
 template <class Format, int Rows, warp::copy_engine Engine, int SharedKib>
 status launch_key_gemv(const kernel::fused_gemv_args& all, int shared_kib, const exec& e) {
   const auto shape = kernel::key_gemv_shape<typename Format::key_codec_type, Rows>(shared_kib);
-  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
-    return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, Engine, SharedKib>,
-                  grid_for(policy::gemv_blocks(shape)),
+  const std::int64_t blocks = policy::gemv_blocks(shape);
+  return for_each_launch<Rows>(all, blocks, [&](const kernel::fused_gemv_args& args) {
+    return launch(kernel::fused_key_gemv<typename Format::key_codec_type, Rows, Engine, SharedKib>, grid_for(blocks),
                   block_size(shape.warps * warp_threads, shape.shared_bytes, shared_kib == 228), e.stream, args);
   });
 }
@@ -98,7 +100,7 @@ template <class Format, int Rows, warp::copy_engine Engine, int SharedKib, int B
 status launch_value_gemv(const kernel::fused_gemv_args& all, int shared_kib, const exec& e, std::int64_t blocks) {
   using codec = typename Format::value_codec_type;
   const auto shape = kernel::value_gemv_shape<codec, Rows>(shared_kib, BlocksPerSm);
-  return for_each_launch<Rows>(all, [&](const kernel::fused_gemv_args& args) {
+  return for_each_launch<Rows>(all, blocks, [&](const kernel::fused_gemv_args& args) {
     return launch(kernel::fused_value_gemv<codec, Rows, Engine, SharedKib, BlocksPerSm>, grid_for(blocks),
                   block_size(shape.warps * warp_threads, shape.shared_bytes, shared_kib == 228), e.stream, args);
   });
@@ -175,6 +177,7 @@ inline status make_fused_gemv_args(const cache_view& cache, const input_view<3>&
                                    kernel::fused_gemv_args& args) {
   if (in.extent[1] > max_count) return refuse(status_code::overflow, "more than 2^31 - 1 query heads");
   args.call.cache = cache;
+  args.call.tiles_per_page = divisor(cache.pages.tiles_per_page);
   args.call.in = in;
   args.call.out = out;
   args.call.group = static_cast<std::int32_t>(in.extent[1] / cache.pages.kv_heads);

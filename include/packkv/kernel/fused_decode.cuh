@@ -170,8 +170,10 @@ class fused_block {
   __device__ void finish() {
     if (!parts_.hand_in(storage_.work, storage_.last)) return;
     const auto own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
-    parts_.write(storage_.work, a_.call,
-                 [&](auto& y, float weight, auto&& sink) { values::finish(own, y, weight, sink); });
+    parts_.write(storage_.work, a_.call, [&](auto& y, float weight, auto&& sink) {
+      values::finish(own, y, weight);
+      for (int i = 0; i < Format::value_head_dim / detail::warp_threads; ++i) sink(own.channel[i], y[i]);
+    });
   }
 
   static constexpr float log2e = block::decode_unit<Rows>::log2e;

@@ -35,6 +35,22 @@ __device__ inline void load_query(const input_view<3>& queries, std::int64_t b, 
     warp::load_16bit(row, stride, queries.type, index, x);
 }
 
+/// Channel index[i] of an output of any type = x[i].
+template <int Count>
+__device__ inline void store_row(const output_view<3>& out, std::int64_t b, std::int64_t head,
+                                 const int (&index)[Count], const float (&x)[Count]) {
+  auto* const row = static_cast<char*>(detail::address(out, b, head, 0));
+  const std::int64_t stride = out.stride[2];
+  if (out.type == dtype::float32) {
+    for (int i = 0; i < Count; ++i) *reinterpret_cast<float*>(row + index[i] * stride) = x[i];
+  } else {
+    for (int i = 0; i < Count; ++i)
+      *reinterpret_cast<std::uint16_t*>(row + index[i] * stride) =
+          out.type == dtype::float16 ? static_cast<std::uint16_t>(detail::pack_halves(x[i], 0.0f))
+                                     : float_to_bfloat16(x[i]);
+  }
+}
+
 /// What a block needs in shared memory whatever its shape, with room for the unit list and for the rings' barriers.
 template <class Codec, int Rows>
 inline constexpr int key_gemv_fixed_bytes =
@@ -65,7 +81,7 @@ class key_gemv_block {
   using scores = warp::key_scores_of<Codec, Rows>;
   static constexpr auto shape = key_gemv_shape<Codec, Rows>(SharedKib);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
-  using units_type = block::gemv_units<Rows, threads>;
+  using units_type = block::gemv_units<Rows, threads, policy::key_gemv_registers(Rows) == policy::gemv_registers::few>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
 
   struct temp_storage {
@@ -78,12 +94,13 @@ class key_gemv_block {
 
   __device__ static void run(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic) {
     using namespace packkv::detail;
+    stream_type stream(storage.stream_of[warp_id()], dynamic + warp_id() * shape.warp_bytes);
     wait_for_kernel_before();
     units_type units(a.call, storage.units, false);
-    stream_type stream(storage.stream_of[warp_id()], dynamic + warp_id() * shape.warp_bytes);
-    while (units.next()) {
-      const block::gemv_piece piece = units.piece();
-      stream.open(warp::key_pages(a.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
+    block::gemv_piece piece;
+    while (units.next(piece)) {
+      stream.open(warp::key_pages(a.call.cache, a.call.tiles_per_page, piece.head), piece.b, piece.lo + warp_id(),
+                  piece.hi, warps);
       // The queries before the tiles: behind all blocks' first tiles they would wait for microseconds.
       scores::prepare(
           storage.queries, scores::head_values::load(of_head(Codec::spec(), a.parameters, piece.head)),
@@ -122,7 +139,8 @@ class value_gemv_block {
   using values = warp::mma_value_sum<Codec, Rows>;
   static constexpr auto shape = value_gemv_shape<Codec, Rows>(SharedKib, BlocksPerSm);
   static constexpr int warps = shape.warps, threads = warps * detail::warp_threads;
-  using units_type = block::gemv_units<Rows, threads>;
+  using units_type =
+      block::gemv_units<Rows, threads, policy::value_gemv_registers(Rows, dim) == policy::gemv_registers::few>;
   using stream_type = warp::side_stream<tile_bytes, shape.stages, Engine>;
   using merge = block::sum_merge<dim, Rows, threads>;
   static constexpr int part_stride = shape.warp_bytes / 4;
@@ -143,15 +161,15 @@ class value_gemv_block {
 
   __device__ void run() {
     using namespace packkv::detail;
-    wait_for_kernel_before();
-    units_type units(a_.call, storage_.units, true);
     stream_type stream(storage_.stream_of[warp_id()],
                        reinterpret_cast<std::uint8_t*>(parts_ + warp_id() * part_stride));
-    while (units.next()) {
-      const block::gemv_piece piece = units.piece();
-      add_tiles(piece, stream);
+    wait_for_kernel_before();
+    units_type units(a_.call, storage_.units, true);
+    block::gemv_piece piece;
+    while (units.next(piece)) {
+      add_tiles(piece, units, stream);
       __syncthreads();
-      finish(piece);
+      finish(units.piece());
       fence_async_copies();  // the ring takes tiles again
     }
   }
@@ -160,15 +178,17 @@ class value_gemv_block {
   using columns = typename values::columns;
 
   /// Leaves each warp's part where its tiles were.
-  __device__ void add_tiles(const block::gemv_piece& piece, stream_type& stream) {
+  __device__ void add_tiles(const block::gemv_piece& piece, units_type& units, stream_type& stream) {
     using namespace packkv::detail;
-    stream.open(warp::value_pages(a_.call.cache, piece.head), piece.b, piece.lo + warp_id(), piece.hi, warps);
+    stream.open(warp::value_pages(a_.call.cache, a_.call.tiles_per_page, piece.head), piece.b, piece.lo + warp_id(),
+                piece.hi, warps);
     stream.start(1);  // no more: behind all blocks' first tiles the weights would wait for microseconds
     warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows,
                                      std::int64_t{tile_tokens} * (piece.lo + warp_id()), warps * tile_tokens,
                                      piece.length);
     if (piece.lo + warp_id() < piece.hi) source.load();
     stream.start();
+    units.settle(piece);
     warp::weighted_sum_of<Codec, Rows> sum;
     warp::side_tile tile;
     while (stream.next(tile)) {
@@ -196,7 +216,7 @@ class value_gemv_block {
   }
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
-  __device__ void finish(const block::gemv_piece& piece) {
+  __device__ void finish(block::gemv_piece piece) {
     const int here = static_cast<int>(blockIdx.x), others = piece.last_block - piece.first_block;
     merge::join_warps(parts_, part_stride, warps, others == 0 ? joined_ : part_of(here, here == piece.first_block));
     if (others > 0 &&
@@ -218,9 +238,8 @@ class value_gemv_block {
       float y[dim / warp_threads];
       for (int i = 0; i < dim / warp_threads; ++i) y[i] = row[lane_id() + warp_threads * i];
       // Without an offset the sum of the weights does not count, even where it is not finite.
-      values::finish(own, y, has_offset ? row[merge::weight_at] : 0.0f, [&](int c, float x) {
-        store_element(address(a_.call.out, piece.b, piece.first_head + r, c), a_.call.out.type, x);
-      });
+      values::finish(own, y, has_offset ? row[merge::weight_at] : 0.0f);
+      store_row(a_.call.out, piece.b, piece.first_head + r, own.channel, y);
     }
   }
 

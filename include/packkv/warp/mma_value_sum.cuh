@@ -149,28 +149,25 @@ class mma_value_sum {
   /// i add up to, in all lanes. Every (row, channel) comes once. All lanes take part.
   template <class Sink>
   __device__ void each(const float (&zero)[lane_rows], Sink&& sink) const {
-    each_strip([&](auto strip, int i, int channel, float x) {
-      constexpr int width = spec.strips.width[decltype(strip)::value];
-      // Channels without codes are 0, or NaN like the others.
-      sink(columns::row(i), channel,
-           width == 0 ? zero[i] - zero[i] : fmaf(x, sum_unit, -detail::code_centre(width) * zero[i]));
-    });
+    if constexpr (columns::spread)
+      each_spread(zero[0], sink);
+    else
+      each_strip([&](auto strip, int i, int channel, float x) {
+        sink(columns::row(i), channel, value_of<decltype(strip)::value>(x, zero[i]));
+      });
   }
   /// f(strip, i, channel, x): the lane's part of the sums of codes of its row i, of which 1 / sum_unit is the unit;
   /// `strip` is an integral constant. All lanes take part.
   template <class Function>
   __device__ void each_strip(Function&& f) const {
+    static_assert(!columns::spread, "four lanes have parts of a sum");
     const int group = detail::lane_id() / 4;
     detail::for_constants<strips>([&](auto strip) {
       constexpr int d = decltype(strip)::value;
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < lane_rows; ++i) {
-          float x = columns::lane_rows == 1 ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1]
-                                            : sum_[d][i / 2][2 * half + i % 2];
-          if constexpr (columns::spread) {
-            for (int m = 1; m < 4; m *= 2) x += detail::shuffle_xor(x, m);
-            if (detail::lane_id() % 4 != (2 * d + half) % 4) continue;  // another lane's part
-          }
+          const float x = columns::lane_rows == 1 ? sum_[d][0][2 * half] + sum_[d][0][2 * half + 1]
+                                                  : sum_[d][i / 2][2 * half + i % 2];
           f(strip, i, 16 * d + 8 * half + group, x);
         }
     });
@@ -180,10 +177,9 @@ class mma_value_sum {
   using head_values = lane_parameters<Codec>;
 
   /// Applies columns, inverse basis and offset to one finished row (lane l: channels l, l + 32, ...) whose weights add
-  /// up to `weight`, and hands sink(channel, value) the result in the original basis. `own` is what the lane needs of
-  /// the head's parameters. All lanes take part.
-  template <class Sink>
-  __device__ static void finish(const head_values& own, float (&y)[dim / 32], float weight, Sink&& sink) {
+  /// up to `weight`: y[i] becomes channel own.channel[i] in the original basis. `own` is what the lane needs of the
+  /// head's parameters. All lanes take part.
+  __device__ static void finish(const head_values& own, float (&y)[dim / 32], float weight) {
     detail::for_constants<dim / 32>([&](auto index) {
       constexpr int i = decltype(index)::value;
       if constexpr (spec.kind == codec_kind::plan && (spec.strips.width[2 * i] > 0 || spec.strips.width[2 * i + 1] > 0))
@@ -191,7 +187,7 @@ class mma_value_sum {
     });
     if (spec.transform == transform_kind::hadamard) hadamard<dim>(y);
     if constexpr (spec.transform == transform_kind::basis) times_matrix<dim>(own.basis, y);
-    for (int i = 0; i < dim / 32; ++i) sink(own.channel[i], fmaf(weight, own.offset[i], y[i]));
+    for (int i = 0; i < dim / 32; ++i) y[i] = fmaf(weight, own.offset[i], y[i]);
   }
 
  private:
@@ -200,6 +196,30 @@ class mma_value_sum {
     for (int i = 0; i < passes::count; ++i)
       if (passes::exists(spec.strips, i)) return i;
     return 0;
+  }
+
+  /// What a sum of codes of a strip is; channels without codes are 0, or NaN like the others.
+  template <int Strip>
+  __device__ static float value_of(float x, float zero) {
+    constexpr int width = spec.strips.width[Strip];
+    return width == 0 ? zero - zero : fmaf(x, sum_unit, -detail::code_centre(width) * zero);
+  }
+  /// each() for one row, of which four lanes have parts: each hands over what it does not keep, half of its sums and
+  /// then half of the rest, so that it has a quarter of the channels.
+  template <class Sink>
+  __device__ void each_spread(float zero, Sink&& sink) const {
+    const int lane = detail::lane_id();
+    const bool odd = lane % 2 != 0, upper = lane % 4 >= 2;
+    float part[strips];
+    for (int d = 0; d < strips; ++d) {
+      const float low = sum_[d][0][0] + sum_[d][0][1], high = sum_[d][0][2] + sum_[d][0][3];
+      part[d] = (odd ? high : low) + detail::shuffle_xor(odd ? low : high, 1);
+    }
+    detail::for_constants<strips / 2>([&](auto index) {
+      constexpr int d = 2 * decltype(index)::value;
+      const float x = (upper ? part[d + 1] : part[d]) + detail::shuffle_xor(upper ? part[d] : part[d + 1], 2);
+      sink(0, 16 * d + 8 * (lane % 4) + lane / 4, upper ? value_of<d + 1>(x, zero) : value_of<d>(x, zero));
+    });
   }
 
   /// Multiplies the operand by the ratio of two passes' folds.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <packkv/codec/pages.hpp>
+#include <packkv/core/divisor.hpp>
 #include <packkv/detail/report.cuh>
 #include <packkv/warp/tile_ring.cuh>
 
@@ -16,19 +17,20 @@ struct side_pages {
   const page_table* table;
   const std::uint8_t* data;  ///< of the head, in page 0
   std::int64_t page_stride;  ///< bytes
-  std::int32_t num_pages, tiles_per_page;
+  std::int32_t num_pages;
+  divisor tiles_per_page;
 };
-/// Of the keys of a KV head.
-__device__ inline side_pages key_pages(const cache_view& cache, int head) {
+/// Of the keys of a KV head; `tiles_per_page` is the cache's.
+__device__ inline side_pages key_pages(const cache_view& cache, const divisor& tiles_per_page, int head) {
   const pages_view& p = cache.pages;
   return {&cache.table, static_cast<const std::uint8_t*>(p.key_data) + head * p.key_head_stride, p.key_page_stride,
-          p.num_pages, p.tiles_per_page};
+          p.num_pages, tiles_per_page};
 }
 /// Of the values of a KV head.
-__device__ inline side_pages value_pages(const cache_view& cache, int head) {
+__device__ inline side_pages value_pages(const cache_view& cache, const divisor& tiles_per_page, int head) {
   const pages_view& p = cache.pages;
   return {&cache.table, static_cast<const std::uint8_t*>(p.value_data) + head * p.value_head_stride,
-          p.value_page_stride, p.num_pages, p.tiles_per_page};
+          p.value_page_stride, p.num_pages, tiles_per_page};
 }
 
 /// A tile of a side_stream.
@@ -102,11 +104,12 @@ class side_stream {
   }
   /// Finds where the next 32 tiles lie, a lane each.
   __device__ void look_up() {
-    const int tile = next_ + detail::lane_id() * step_, per_page = pages_.tiles_per_page;
+    const int tile = next_ + detail::lane_id() * step_, number = pages_.tiles_per_page.quotient(tile);
     std::int32_t page = -1;
-    if (tile < end_) page = find_page(*pages_.table, pages_.num_pages, b_, tile / per_page, flags_);
+    if (tile < end_) page = find_page(*pages_.table, pages_.num_pages, b_, number, flags_);
     if (page >= 0)
-      address_ = pages_.data + page * pages_.page_stride + static_cast<std::int64_t>(tile % per_page) * TileBytes;
+      address_ = pages_.data + page * pages_.page_stride +
+                 static_cast<std::int64_t>(tile - number * pages_.tiles_per_page.value) * TileBytes;
     found_ = __ballot_sync(detail::all_lanes, page >= 0);
     lane_ = 0;
   }
