@@ -15,11 +15,11 @@ namespace {
 
 __global__ void divide(const std::int32_t* a, const std::int32_t* b, int count, std::int32_t* whole,
                        std::int32_t* rest) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= count) return;
-  const pk::block::quotient q(a[i], b[i]);
-  whole[i] = q.whole;
-  rest[i] = q.rest;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    const pk::block::quotient q(a[i], b[i]);
+    whole[i] = q.whole;
+    rest[i] = q.rest;
+  }
 }
 
 constexpr int threads = 64, samples = 512;
@@ -180,10 +180,16 @@ TEST_CASE("quotients are exact") {
     a.push_back(static_cast<std::int32_t>(random.bits() >> random.between(33, 60)));
     b.push_back(1 + static_cast<std::int32_t>(random.bits() >> random.between(34, 62)));
   }
+  while (a.size() < 4096) {  // on both sides of a multiple, below and above 2^21, where the arithmetic changes
+    const std::int32_t y = 1 + static_cast<std::int32_t>(random.bits() >> random.between(42, 62));
+    const std::int32_t multiple = random.between(1, (1 << 22) / y + 1) * y;
+    for (const std::int32_t x : {multiple - 1, multiple}) a.push_back(x), b.push_back(y);
+  }
+  const int count = static_cast<int>(a.size());
   const device_array<std::int32_t> device_a(a), device_b(b);
   device_array<std::int32_t> whole(a.size()), rest(a.size());
-  REQUIRE(pk::detail::launch(divide, dim3(1), 128, cudaStream_t{}, device_a.data(), device_b.data(), 128, whole.data(),
-                             rest.data()));
+  REQUIRE(pk::detail::launch(divide, dim3(1), 128, cudaStream_t{}, device_a.data(), device_b.data(), count,
+                             whole.data(), rest.data()));
   const auto w = whole.host(), r = rest.host();
   int wrong = 0;
   for (std::size_t i = 0; i < a.size(); ++i) wrong += w[i] != a[i] / b[i] || r[i] != a[i] % b[i];

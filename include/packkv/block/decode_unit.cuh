@@ -51,27 +51,26 @@ struct decode_sequence {
  private:
   PACKKV_HOST_DEVICE void find(const decode_call& call, int rows, std::uint32_t& flags) {
     // Everything is loaded before anything is used: one wait for memory.
-    const std::int64_t query_end = call.query_start_loc[b + 1];
-    query_begin = call.query_start_loc[b];
+    const std::int32_t query_end = call.query_start_loc[b + 1], begin = call.query_start_loc[b];
     std::uint32_t of_ring = 0;
     const std::int32_t length = detail::clamp_length(call.cache.seq_lens, b, call.cache.max_seq_len, flags);
     const std::int64_t context = call.options.context_lens != nullptr ? call.options.context_lens[b] : length;
     view = detail::make_visibility(call.cache, call.options, b, length, of_ring);
-    const std::int64_t count = query_end - query_begin;
-    if (query_begin < 0 || count < 0 || query_begin + count > call.queries.extent[0] ||
-        count > call.options.max_query_len) {
+    query_begin = begin;
+    const std::int32_t count = begin >= 0 && query_end >= begin ? query_end - begin : -1;
+    if (count < 0 || count > call.options.max_query_len || query_end > call.queries.extent[0]) {
       flags |= report_length_out_of_range;
       return;
     }
     if (count == 0) return;
     flags |= of_ring;
-    query_count = static_cast<int>(count);
+    query_count = count;
     chunks = ceil_div(query_count * call.group, rows);
     first_position = context - count;
     if (queries_see_all(call.cache, call.options)) {
       seen = all_coded(view);
     } else {
-      for (std::int64_t i = 0; i < count; i += max_of<std::int64_t>(count - 1, 1)) {
+      for (std::int32_t i = 0; i < count; i += max_of(count - 1, 1)) {
         const token_range of_query = coded_range(view, first_position + i);
         seen = {i == 0 ? of_query.begin : seen.begin, of_query.end};
       }
@@ -249,15 +248,18 @@ struct decode_unit {
     return score * log2e;
   }
 
-  /// Stores a finished row. By one warp.
+  /// Where the lane's first channel of a finished row goes.
+  __device__ char* out_of(const decode_call& call, int r) const {
+    return static_cast<char*>(detail::address(call.out, query_token[r], query_head[r], detail::lane_id()));
+  }
+  /// Stores a finished row at `to`, which is out_of(call, r). By one warp.
   template <int ValueDim>
-  __device__ void write(const decode_call& call, int r, const warp::attention_row<ValueDim>& row) const {
+  __device__ void write(const decode_call& call, int r, const warp::attention_row<ValueDim>& row, char* to) const {
     using namespace packkv::detail;
     const bool empty = row.sum == 0.0f;
     const float factor = empty ? 0.0f : 1.0f / row.sum;
     float x[ValueDim / 32];
     for (int i = 0; i < ValueDim / 32; ++i) x[i] = empty ? 0.0f : row.channel[i] * factor;
-    char* const to = static_cast<char*>(address(call.out, query_token[r], query_head[r], lane_id()));
     const std::int64_t apart = 32 * call.out.stride[2];
     if (call.out.type == dtype::float32)
       for (int i = 0; i < ValueDim / 32; ++i) *reinterpret_cast<float*>(to + i * apart) = x[i];

@@ -74,7 +74,8 @@ struct part_merge {
       for (int first = 0; first < count; first += AtOnce) {
         const int own = first + detail::lane_id() % AtOnce;
         const bool is_part = own < count;
-        const float* const parts = all + static_cast<std::int64_t>(first) * stride;
+        const float* const parts = all + first * stride;
+        const float* const slab = parts + channel;  // one address, from which the others are constants away
         const float* const row = (is_part && own > 0 ? parts + (own - first) * stride
                                   : first > 0        ? parts
                                                      : zeroth) +
@@ -83,7 +84,7 @@ struct part_merge {
         float x[AtOnce];
 #pragma unroll
         for (int i = 0; i < AtOnce; ++i)
-          x[i] = first + i < count ? load((i == 0 && first == 0 ? zeroth : parts + i * stride) + channel) : 0.0f;
+          x[i] = i < count - first ? load(i == 0 && first == 0 ? zeroth + channel : slab + i * stride) : 0.0f;
         float top = fmaxf(maximum, is_part ? own_maximum : maximum);
         for (int m = AtOnce / 2; m > 0; m /= 2) top = fmaxf(top, detail::shuffle_xor(top, m));
         const float factor = is_part ? detail::exp2_fast(own_maximum - top) : 0.0f;

@@ -33,6 +33,10 @@ class unit_parts {
 
   __device__ float* of_warp() const { return of_warps_ + detail::warp_id() * Stride; }
 
+  /// The first row that a warp prepares and stores, if there is such a row; the next ones are Warps further. The last
+  /// warps have rows, since the first have the tiles where those are few, and ask for the unit's last block.
+  __device__ static int first_row() { return Warps - 1 - detail::warp_id(); }
+
   /// Warps that attend to the 16-bit tokens of a unit which has some.
   __device__ static int raw_warps(const work_storage<Rows>& work) {
     const int chunks = work.unit.raw.chunks(raw_attention::tokens);
@@ -64,8 +68,10 @@ class unit_parts {
   }
 
   /// Joins the warps' parts, of codes and of 16-bit tokens, and leaves them to the last of the unit's blocks, in which
-  /// this is true. `last` lies in shared memory. By the whole block, here and below, after a barrier.
-  __device__ bool hand_in(const work_storage<Rows>& work, bool& last) const {
+  /// this is true. `last` lies in shared memory. Warps but the first call meanwhile() while that is asked for. By the
+  /// whole block, here and below, after a barrier.
+  template <class Meanwhile>
+  __device__ bool hand_in(const work_storage<Rows>& work, bool& last, Meanwhile&& meanwhile) const {
     const unit_owners o = work.owner;
     const int here = static_cast<int>(blockIdx.x);
     if (here >= o.first && here <= o.last)
@@ -74,15 +80,17 @@ class unit_parts {
     if (work.tail && work.unit.has_raw() && !(o.alone() && raw_of_warps(work) == raw_))
       merge::join_warps(raw_of_warps(work), raw_stride(work), raw_warps(work),
                         o.alone() ? raw_ : part_of(here, raw_part));
+    if (!o.alone())
+      ask_for_last(counters_ + o.first, static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0)), last);
+    meanwhile();
     __syncthreads();
-    if (o.alone()) return true;
-    const auto others = static_cast<unsigned>(o.last - o.first + (o.tail > o.last ? 1 : 0));
-    return last_to_arrive(counters_ + o.first, others, last);
+    return o.alone() || last;
   }
   /// Joins the parts of the unit's blocks and stores its output and log-sum-exp, in the block where hand_in() was true:
-  /// finish(y, weight, sink) moves a coded row into the original basis, in which the 16-bit tokens are already.
+  /// finish(y, weight, sink) moves a coded row into the original basis, in which the 16-bit tokens are already. `to`:
+  /// where the warp's first row goes.
   template <class Finish>
-  __device__ void write(const work_storage<Rows>& work, const decode_call& call, Finish&& finish) const {
+  __device__ void write(const work_storage<Rows>& work, const decode_call& call, char* to, Finish&& finish) const {
     using namespace packkv::detail;
     const unit_owners o = work.owner;
     const bool has_raw = work.unit.has_raw();
@@ -90,13 +98,13 @@ class unit_parts {
       return o.alone() ? merge::read_row(raw_, r) : merge::read_fresh_row(part_of(o.tail, raw_part), r);
     };
     warp::attention_row<ValueDim> of_raw;  // of the next row; on its way while parts are joined
-    if (has_raw) of_raw = raw_row(min_of(warp_id(), Rows - 1));
+    if (has_raw && first_row() < Rows) of_raw = raw_row(first_row());
     if (!o.alone()) {
       merge::join_blocks(o.last - o.first + 1, part_of(o.first, begun_here), part_of(o.first, begun_before),
                          kinds * merge::part_floats, coded_);
       __syncthreads();
     }
-    for (int r = warp_id(); r < work.unit.rows; r += Warps) {
+    for (int r = first_row(); r < work.unit.rows; r += Warps) {
       auto row = merge::read_row(coded_, r);
       float* const scratch = coded_ + r * merge::row_floats;
       __syncwarp();
@@ -105,16 +113,18 @@ class unit_parts {
       for (int i = 0; i < ValueDim / 32; ++i) row.channel[i] = scratch[lane_id() + 32 * i];
       if (has_raw) {
         row.join(of_raw);
-        of_raw = raw_row(min_of(r + Warps, Rows - 1));
+        if constexpr (Rows > Warps) of_raw = raw_row(min_of(r + Warps, Rows - 1));
       }
-      work.unit.write(call, r, row);
+      work.unit.write(call, r, row, to);
+      if constexpr (Rows > Warps) to = work.unit.out_of(call, min_of(r + Warps, Rows - 1));
     }
   }
 
  private:
   enum part_kind { begun_before, begun_here, raw_part, kinds };
+  static_assert(std::int64_t{max_parts} * kinds * merge::part_floats < 0x7fffffff, "parts are addressed in 32 bits");
   __device__ float* part_of(int block, part_kind kind) const {
-    return global_ + (static_cast<std::int64_t>(block) * kinds + kind) * merge::part_floats;
+    return global_ + (block * kinds + kind) * merge::part_floats;
   }
 
   /// Where warps leave their parts of the 16-bit tokens: where a block has no tiles, there.

@@ -2,7 +2,8 @@
 // Which units (sequence, KV head, up to Rows query rows) a block of the fused decode kernel works on, one after the
 // other, and which of their tiles.
 //   unit_work<Rows, Threads> work(launch, storage);
-//   std::int32_t item;   for (bool more = work.begin(item); more && work.take(item); item = work.release()) { ... }
+//   std::int32_t item;
+//   for (bool more = work.begin(item); more; more = work.more()) { work.take(item); ...; item = work.release(); }
 #pragma once
 
 #include <packkv/block/decode_unit.cuh>
@@ -50,28 +51,29 @@ class unit_work {
     item = -1;
     return a_.sequences == 1 ? take_of_one() : split(item);
   }
-  /// Sets the unit to that which has this item, and the block's part of it; false if the item is not the block's. An
-  /// item of -1 was taken by begin().
-  __device__ bool take(std::int32_t item) {
-    if (item < 0) return true;
+  /// Sets the unit to that which has this item of the block, and the block's part of it. An item of -1 was taken by
+  /// begin().
+  __device__ void take(std::int32_t item) {
+    if (item < 0) return;
     const std::int32_t end = storage_.items.shares.begin(here() + 1);
-    if (item >= end) return false;
     const int index = storage_.items.owner(a_.sequences, item);
     std::uint32_t known = 0;  // and reported
     const decode_sequence s(a_.call, a_.first_sequence + index, Rows, known);
     set(s, storage_.items.begin[index], storage_.items.units.items_of(storage_.items.cost[index]), item, end);
-    return true;
+    __syncthreads();
   }
+  /// Whether the block has items behind the unit.
+  __device__ bool more() const { return storage_.unit_end < storage_.items.shares.begin(here() + 1); }
   /// The item behind the unit, which all threads are done with.
   __device__ std::int32_t release() {
     const std::int32_t next = storage_.unit_end;
     __syncthreads();
     return next;
   }
-  /// Needed at the end of a unit only, and divisions are slow: one thread does it while others wait. A barrier must
-  /// follow.
+  /// Needed at the end of a unit only, and divisions are slow: one thread does it while others wait, of a warp in the
+  /// middle, since the first have tiles and the last rows. A barrier must follow.
   __device__ void find_owners() {
-    if (threadIdx.x != Threads - 1) return;
+    if (threadIdx.x != Threads / 2 - 1) return;
     const even_shares shares = storage_.items.shares;
     const std::int32_t begin = storage_.unit_begin;
     const int tiles = storage_.tiles;
@@ -83,18 +85,36 @@ class unit_work {
   }
 
  private:
-  /// Finds the block's first unit and its part of it in a launch of one sequence; false if there is none. No thread
-  /// waits for another to work out the split.
+  /// Finds the block's first unit and its part of it in a launch of one sequence; false if there is none. Each warp
+  /// that sets something of it works out the split on its own.
   __device__ bool take_of_one() {
-    std::uint32_t flags = 0;
-    const decode_sequence s(a_.call, a_.first_sequence, Rows, flags);
-    if (threadIdx.x == 0) detail::add_report(a_.report, flags, 0);
-    const sequence_cost cost = s.cost(a_.call, a_.raw_items);
-    const sequence_items::split split =
-        storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), threadIdx.x == 0);
-    if (here() >= split.shares.blocks()) return false;
-    set(s, 0, split.items, split.shares.begin(here()), split.shares.begin(here() + 1));
-    return true;
+    prefetch_pages();
+    if (sets_units()) {
+      std::uint32_t flags = 0;
+      const decode_sequence s(a_.call, a_.first_sequence, Rows, flags);
+      if (threadIdx.x == 0) detail::add_report(a_.report, flags, 0);
+      const sequence_cost cost = s.cost(a_.call, a_.raw_items);
+      const sequence_items::split split =
+          storage_.items.build_one(cost, static_cast<std::int32_t>(gridDim.x), threadIdx.x == 0);
+      if (here() < split.shares.blocks())
+        set(s, 0, split.items, split.shares.begin(here()), split.shares.begin(here() + 1));
+    }
+    __syncthreads();
+    return here() < storage_.items.shares.blocks();
+  }
+  /// Whether set() needs the thread's warp. These have a scheduler of the SM each: all warps together would take turns.
+  __device__ static bool sets_units() {
+    const int warp = detail::warp_id();
+    return warp < 3 || warp == Threads / detail::warp_threads - 1;
+  }
+  /// Brings the page ids of a launch of one sequence nearer while its lengths are on their way. A lane of a warp of
+  /// each block has 128 bytes of them.
+  __device__ void prefetch_pages() const {
+    constexpr std::int64_t ids = 32;  // in 128 bytes
+    const page_table& table = a_.call.cache.table;
+    if (detail::warp_id() != Threads / 64 || table.pages == nullptr || table.indptr != nullptr) return;
+    const std::int64_t line = ids * (detail::warp_threads * here() + detail::lane_id());
+    if (line < table.row_stride) detail::prefetch(table.pages + a_.first_sequence * table.row_stride + line);
   }
   /// Works out the split of any launch; `first` is the block's first item. False if it has none.
   __device__ bool split(std::int32_t& first) {
@@ -110,7 +130,7 @@ class unit_work {
     return here() < shares.blocks();
   }
   /// Sets the unit to that with `item` of a sequence whose units have `items` each, the first from `begin` on. The
-  /// block's items end at `end`.
+  /// block's items end at `end`. A barrier must follow.
   __device__ void set(const decode_sequence& s, std::int32_t begin, std::int32_t items, std::int32_t item,
                       std::int32_t end) {
     const std::int32_t number = quotient(item - begin, items).whole;
@@ -127,7 +147,6 @@ class unit_work {
       storage_.coded = lo < hi || (tail && s.tiles == 0);  // somebody stores what is empty
       storage_.tail = tail;
     }
-    __syncthreads();
   }
 
   const decode_launch& a_;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include <packkv/core/checked.hpp>
-#include <packkv/detail/cuda.cuh>
+#include <packkv/detail/approx.cuh>
 
 namespace packkv::block {
 
@@ -31,9 +31,16 @@ constexpr std::int32_t max_launch_sequences(std::int64_t units, std::int64_t til
 struct quotient {
   std::int32_t whole, rest;
   quotient() = default;
-  PACKKV_HOST_DEVICE quotient(std::int32_t a, std::int32_t b)
-      : whole(static_cast<std::int32_t>(static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b))),
-        rest(a - whole * b) {}
+  PACKKV_HOST_DEVICE quotient(std::int32_t a, std::int32_t b) : whole(divide(a, b)), rest(a - whole * b) {}
+
+ private:
+  PACKKV_HOST_DEVICE static std::int32_t divide(std::int32_t a, std::int32_t b) {
+#if defined(__CUDA_ARCH__) || defined(PACKKV_SIMT_EXECUTOR)
+    return detail::divide(a, b);
+#else
+    return a / b;
+#endif
+  }
 };
 
 /// Shares of `total` items that differ by one at most; the first shares are the larger ones.
@@ -183,8 +190,8 @@ struct sequence_items {
   /// The same for one sequence, with as few divisions as may be. Every thread that comes here gets the split; after a
   /// barrier it is here, too, by the one that `writes`.
   __device__ split build_one(const sequence_cost& c, std::int32_t blocks, bool writes) {
-    unit_totals all = unit_totals::none();
-    all.add(c);
+    const auto count = static_cast<std::uint32_t>(c.units), each = static_cast<std::uint32_t>(c.tiles + c.raw);
+    const unit_totals all = {count, count * each, each, each, static_cast<std::uint32_t>(c.raw)};
     split s;
     s.units = align_units(all, blocks);
     if (s.units.aligned > 0) {

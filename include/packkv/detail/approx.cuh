@@ -39,6 +39,15 @@ __device__ inline float reciprocal_fast(float x) {
   return y;
 #endif
 }
+/// Out of line: 17 instructions, and hardly any division comes here.
+__device__ __noinline__ inline std::uint32_t divide_large(std::uint32_t a, std::uint32_t b) { return a / b; }
+/// a / b, rounded down, of a >= 0, b > 0, in a third of the instructions where a < 2^21: (a + 1/2) / b is 1 / (2 b) and
+/// more away from any integer, and two roundings and a reciprocal change less than 2^-22 of it.
+__device__ inline std::int32_t divide(std::int32_t a, std::int32_t b) {
+  if (__builtin_expect(a < 1 << 21, 1))
+    return static_cast<std::int32_t>((static_cast<float>(a) + 0.5f) * reciprocal_fast(static_cast<float>(b)));
+  return static_cast<std::int32_t>(divide_large(static_cast<std::uint32_t>(a), static_cast<std::uint32_t>(b)));
+}
 /// 1 / sqrt(x) for normal x > 0, within 2^-22.4 relative (the PTX ISA's bound); infinite for 0.
 __device__ inline float reciprocal_sqrt_fast(float x) {
 #if defined(PACKKV_SIMT_EXECUTOR)

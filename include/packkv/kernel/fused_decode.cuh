@@ -72,7 +72,8 @@ class fused_block {
     detail::wait_for_kernel_before();
     std::int32_t item;
     if (!work_.begin(item)) return;
-    for (; work_.take(item); item = work_.release()) {
+    while (true) {
+      work_.take(item);
       const block::work_storage<Rows>& work = storage_.work;
       if (work.coded)
         begin();
@@ -82,10 +83,10 @@ class fused_block {
       if (work.tail && unit_.has_raw()) parts_.attend_raw(work, a_.call, variant_);
       if (work.coded) add_tiles();
       __syncthreads();
-      if (work.coded || work.tail) {
-        finish();
-        detail::fence_async_copies();  // the ring takes tiles again
-      }
+      if (work.coded || work.tail) finish();
+      if (!work_.more()) return;
+      detail::fence_async_copies();  // the ring takes tiles again
+      item = work_.release();
     }
   }
 
@@ -96,11 +97,12 @@ class fused_block {
   __device__ void begin() {
     using namespace packkv::detail;
     // The queries first: behind all blocks' first tiles they would wait for microseconds.
+    const int first_row = parts::first_row();
     std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
     typename scores::head_values own = {};
-    if (warp_id() < Rows || scores::has_basis)
+    if (first_row < Rows || scores::has_basis)
       own = scores::head_values::load(of_head(Format::key(), a_.key, unit_.head));
-    if (warp_id() < Rows) unit_.load_query(a_.call, warp_id(), own.channel, query);
+    if (first_row < Rows) unit_.load_query(a_.call, first_row, own.channel, query);
     const block::row_ranges ranges = unit_.ranges(a_.call);
     warp::tile_walk walk = {max_of(storage_.work.lo, ranges.any.begin / tile_tokens), warps, 0, 0};
     const int end_tile = min_of(storage_.work.hi, ceil_div(ranges.any.end, tile_tokens));
@@ -114,12 +116,12 @@ class fused_block {
     scores::prepare(
         storage_.queries, own,
         [&](int r, const auto& index, auto& x) {
-          if (r == warp_id())
+          if (r == first_row)
             unit_.convert_query(a_.call, r, query, x);
           else
             unit_.load_query(a_.call, r, index, x);
         },
-        a_.call.options.softmax_scale * (shaped() ? 1.0f : log2e), warp_id(), warps);
+        a_.call.options.softmax_scale * (shaped() ? 1.0f : log2e), first_row, warps);
     __syncthreads();
   }
 
@@ -168,9 +170,15 @@ class fused_block {
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.
   __device__ void finish() {
-    if (!parts_.hand_in(storage_.work, storage_.last)) return;
-    const auto own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
-    parts_.write(storage_.work, a_.call, [&](auto& y, float weight, auto&& sink) {
+    typename values::head_values own = {};
+    char* to = nullptr;
+    const auto prepare = [&] {
+      if (parts::first_row() >= Rows) return;
+      own = values::head_values::load(of_head(Format::value(), a_.value, unit_.head));
+      to = unit_.out_of(a_.call, parts::first_row());
+    };
+    if (!parts_.hand_in(storage_.work, storage_.last, prepare)) return;
+    parts_.write(storage_.work, a_.call, to, [&](auto& y, float weight, auto&& sink) {
       values::finish(own, y, weight);
       for (int i = 0; i < Format::value_head_dim / detail::warp_threads; ++i) sink(own.channel[i], y[i]);
     });

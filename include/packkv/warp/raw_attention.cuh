@@ -116,11 +116,15 @@ class raw_attention {
           multiply_keys_of_another_type<keys>(q, k, s);
       });
     });
+    std::uint32_t v[2][value_words];
+    const auto load_values = [&](int first) {
+      for (int half = 0; half < 2; ++half) chunk.value_of(own[half]).load(first + place() * 2 * value_words, v[half]);
+    };
+    load_values(0);  // on their way while the weights are worked out
     float keep[lane_rows];
     weigh(chunk.count, s, seen, score, keep);
     for (int first = 0; first < ValueDim; first += value_slab) {
-      std::uint32_t v[2][value_words];
-      for (int half = 0; half < 2; ++half) chunk.value_of(own[half]).load(first + place() * 2 * value_words, v[half]);
+      if (first > 0) load_values(first);
       with_type(chunk.value_type, [&](auto bfloat) { add_values<decltype(bfloat)::value>(first, v, s, keep); });
     }
     begun_ = true;

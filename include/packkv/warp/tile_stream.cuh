@@ -8,6 +8,7 @@
 #pragma once
 
 #include <packkv/codec/pages.hpp>
+#include <packkv/detail/approx.cuh>
 #include <packkv/detail/report.cuh>
 #include <packkv/warp/tile_ring.cuh>
 
@@ -52,13 +53,14 @@ class tile_stream {
     head_ = head;
     __syncwarp();
     if (detail::lane_id() == 0) walk_ = walk;
-    __syncwarp();
     warp_ = warp;
     next_ = walk.begin(warp);
     end_ = end;
     found_ = 0;
+    find(walk);
 #pragma unroll 1
-    for (int i = 0; i < Stages; ++i) request();
+    for (int i = 0; i < Stages && found_ != 0; ++i) request_found();
+    __syncwarp();
   }
 
   /// Waits for the next tile; false if there is none. `tile` is its number in the sequence.
@@ -79,25 +81,29 @@ class tile_stream {
   /// Fetches the next tile that has a page.
   __device__ void request() {
     if (__builtin_expect(found_ == 0, 0)) {
-      do {
-        if (walk_.tile(warp_, next_) >= end_) return;
-        look_up();
-      } while (found_ == 0);
+      find(walk_);
+      if (found_ == 0) return;
     }
+    request_found();
+  }
+  /// Looks tiles up until one has a page.
+  __device__ void find(const tile_walk& walk) {
+    while (found_ == 0 && walk.tile(warp_, next_) < end_) look_up(walk);
+  }
+  __device__ void request_found() {
     const int lane = __ffs(static_cast<int>(found_)) - 1;
     ring_.request({keys_, key_bytes}, {values_, value_bytes}, detail::shuffle(tile_, lane), lane);
     found_ &= found_ - 1;
   }
   /// Finds where the next 32 tiles lie, a lane each.
-  __device__ void look_up() {
+  __device__ void look_up(const tile_walk& walk) {
     std::uint32_t flags = 0;
     const pages_view& pages = cache_->pages;
-    tile_ = walk_.tile(warp_, next_ + detail::lane_id());
-    const int per_page = pages.tiles_per_page;
-    const std::int64_t page =
-        tile_ < end_ ? find_page(cache_->table, pages.num_pages, b_, tile_ / per_page, flags) : -1;
+    tile_ = walk.tile(warp_, next_ + detail::lane_id());
+    const std::int32_t of_sequence = detail::divide(tile_, pages.tiles_per_page);
+    const std::int64_t page = tile_ < end_ ? find_page(cache_->table, pages.num_pages, b_, of_sequence, flags) : -1;
     if (page >= 0) {
-      const std::int64_t slot = tile_ % per_page;
+      const std::int64_t slot = tile_ - of_sequence * pages.tiles_per_page;
       keys_ = static_cast<const std::uint8_t*>(pages.key_data) + page * pages.key_page_stride +
               head_ * pages.key_head_stride + slot * key_bytes;
       values_ = static_cast<const std::uint8_t*>(pages.value_data) + page * pages.value_page_stride +
