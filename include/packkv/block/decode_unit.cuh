@@ -86,18 +86,20 @@ class raw_tokens {
  public:
   int count;
 
-  /// By one thread.
-  __device__ void set(const decode_call& call, const detail::visibility& view, std::int64_t b, int head,
-                      std::int64_t first_position) {
+  /// By one thread, as is the other half.
+  __device__ void set_sinks(const decode_call& call, const detail::visibility& view, std::int64_t b, int head) {
+    if (view.sinks > 0) set(sink_tokens_, call.cache.sinks.keys, call.cache.sinks.values, b, head, 0, view.sinks);
+  }
+  __device__ void set_ring(const decode_call& call, const detail::visibility& view, std::int64_t b, int head,
+                           std::int64_t first_position) {
     const cache_view& cache = call.cache;
     sinks_ = view.sinks;
     ring_first_ = view.length;
-    if (sinks_ > 0) set(sink_tokens_, cache.sinks.keys, cache.sinks.values, b, head, 0, sinks_);
     if (view.ring_begin < view.length) {
       ring_first_ = max_of(max_of(view.ring_begin, view.sinks), token_at(view, first_position - view.ring_window + 1));
       const auto capacity = static_cast<int>(cache.ring.keys.extent[2]);
       set(ring_tokens_, cache.ring.keys, cache.ring.values, cache.ring.row != nullptr ? cache.ring.row[b] : b, head,
-          ring_first_ % capacity, capacity);
+          quotient(ring_first_, capacity).rest, capacity);
     }
     count = sinks_ + max_of(view.length - ring_first_, 0);
   }
@@ -177,8 +179,8 @@ struct decode_unit {
   int query_head[Rows];
   raw_tokens raw;
 
-  /// Unit `number` of a sequence. By the whole block; a barrier must follow.
-  __device__ void set(const decode_call& call, const decode_sequence& s, int number) {
+  /// Unit `number` of a sequence, with its 16-bit tokens or without. By the whole block; a barrier must follow.
+  __device__ void set(const decode_call& call, const decode_sequence& s, int number, bool with_raw) {
     const bool single = s.chunks == 1;
     const int kv_head = single ? number : number / s.chunks, first_row = single ? 0 : number % s.chunks * Rows,
               all = s.query_count * call.group;
@@ -187,9 +189,10 @@ struct decode_unit {
       b = s.b;
       head = kv_head;
       rows = min_of(Rows, all - first_row);
+      if (with_raw) raw.set_sinks(call, s.view, s.b, kv_head);
     }
-    if (threadIdx.x == blockDim.x - 1 && s.has_raw())  // where there are several warps, not the first
-      raw.set(call, s.view, s.b, kv_head, s.first_position + first_row / call.group);
+    if (threadIdx.x == blockDim.x - 1 && with_raw && s.has_raw())  // where there are several warps, not the first
+      raw.set_ring(call, s.view, s.b, kv_head, s.first_position + quotient(first_row, call.group).whole);
     if (threadIdx.x < Rows) {
       const int r = static_cast<int>(threadIdx.x), row = min_of(first_row + r, all - 1),
                 token = s.query_count == 1 ? 0 : row / call.group;

@@ -134,11 +134,11 @@ class unit_work {
   __device__ void set(const decode_sequence& s, std::int32_t begin, std::int32_t items, std::int32_t item,
                       std::int32_t end) {
     const std::int32_t number = quotient(item - begin, items).whole;
-    storage_.unit.set(a_.call, s, number);
+    const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
+    const bool tail = unit_end <= end;
+    storage_.unit.set(a_.call, s, number, tail);
     if (threadIdx.x == (Threads > 64 ? 64 : 0)) {  // the first warps set the unit
-      const std::int32_t unit_begin = begin + number * items, unit_end = unit_begin + items;
       const int lo = min_of(item - unit_begin, s.tiles), hi = min_of(min_of(end, unit_end) - unit_begin, s.tiles);
-      const bool tail = unit_end <= end;
       storage_.unit_begin = unit_begin;
       storage_.unit_end = unit_end;
       storage_.tiles = s.tiles;
