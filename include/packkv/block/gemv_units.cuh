@@ -81,7 +81,7 @@ class gemv_units {
     __syncthreads();
     if (threadIdx.x == 0) storage_.found = is_single() ? find_single(storage_.piece) : find();
     __syncthreads();
-    piece = storage_.piece;
+    if (storage_.found) piece = storage_.piece;
     return storage_.found;
   }
   /// Completes the piece that next() found, for piece() behind a barrier.
