@@ -2,7 +2,7 @@
 // What a block of a GEMV kernel has to do: pieces of units, a unit being a sequence, a KV head and up to Rows query
 // heads. One idea: blocks share the tiles evenly (work_split), so a block has a few pieces, and a unit one block or
 // several neighbours.
-//   gemv_units<Rows, Threads> units(call, storage, true);   gemv_piece piece;   while (units.next(piece)) { ... }
+//   gemv_units<Rows, Threads, true> units(call, storage, true);   gemv_piece piece;   while (units.next(piece)) { ... }
 #pragma once
 
 #include <packkv/block/work_split.cuh>
