@@ -236,12 +236,31 @@ void check_tokens(random_source& random) {
   }
 }
 
+/// The same as warp::lone_token takes them.
+template <class Format>
+void check_lone_tokens(random_source& random) {
+  static_assert(pk::warp::has_lone_token<typename Format::key_codec_type>);
+  static_assert(pk::warp::has_lone_token<typename Format::value_codec_type>);
+  for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
+    cache_shape shape = random_shape(random, 130);
+    shape.batch = 1, shape.type = type;
+    auto cache = hard_cache<Format>(random, shape);
+    REQUIRE(pk::detail::encoder_serves<typename Format::key_codec_type>(cache.gpu_parameters().key,
+                                                                        one_by_one(cache.keys.device())));
+    check_stored_tokens(random, cache);
+  }
+}
+
 }  // namespace
 
 TEST_CASE("tokens of plans that are known at compile time, stored one by one, give the reference's bytes") {
   for (int round = 0; round < repeats; ++round) {
     INFO("round " << round);
     random_source random(static_cast<unsigned>(8400 + round));
+    check_lone_tokens<two_bit>(random);
+    check_lone_tokens<all_widths>(random);
+    check_lone_tokens<turned>(random);
+    check_lone_tokens<eight_bit>(random);
     check_tokens<turned>(random);
     check_tokens<dim_64>(random);
     check_tokens<dim_192>(random);

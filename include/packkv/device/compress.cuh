@@ -45,15 +45,28 @@ inline constexpr bool has_plans<Format, std::void_t<typename Format::key_codec_t
     Format::key().kind == codec_kind::plan&& Format::value().kind == codec_kind::plan;
 
 /// Whether warp::tile_encoder and tile_decoder serve a codec with these parameters and tensors.
-template <class Codec, class Data>
-bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] const tensor_view<Data, 4>& in) {
+template <class Codec, class Data, int Rank>
+bool encoder_serves([[maybe_unused]] const side_parameters& p, [[maybe_unused]] const tensor_view<Data, Rank>& in) {
   if constexpr (warp::has_tile_encoder<Codec>) {
-    bool aligned = reinterpret_cast<std::uintptr_t>(in.data) % 8 == 0 && in.stride[3] == 2;
-    for (int i = 0; i < 3; ++i) aligned = aligned && in.stride[i] % 8 == 0;
+    bool aligned = reinterpret_cast<std::uintptr_t>(in.data) % 8 == 0 && in.stride[Rank - 1] == 2;
+    for (int i = 0; i < Rank - 1; ++i) aligned = aligned && in.stride[i] % 8 == 0;
     return aligned && p.column_scale == nullptr && p.channel_offset == nullptr;
   } else {
     return false;
   }
+}
+
+/// The kernel that stores such tokens of plans, faster where warp::lone_token serves both sides.
+template <class Format>
+auto kernel_of_tokens(const kernel::plan_tokens_args& a) -> void (*)(kernel::plan_tokens_args) {
+  using key_type = typename Format::key_codec_type;
+  using value_type = typename Format::value_codec_type;
+  if constexpr (warp::has_lone_token<key_type> && warp::has_lone_token<value_type>)
+    if (encoder_serves<key_type>(a.key, a.keys) && encoder_serves<value_type>(a.value, a.values) &&
+        a.keys.type == a.values.type)
+      return a.keys.type == dtype::bfloat16 ? kernel::store_lone_tokens<Format, true>
+                                            : kernel::store_lone_tokens<Format, false>;
+  return kernel::store_tokens_of_plans<Format>;
 }
 
 /// Launches the kernel of keys, or that of values beside its last blocks.
@@ -164,6 +177,8 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
 
 /// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later a kernel behind
 /// it that is launched with programmatic stream serialization, as decode_attention is, may begin while it ends.
+/// Fast for plans known at compile time; faster for those and the tensors of which compress says so, where both
+/// head dims are 128 and both tensors of one type.
 /// \param keys,values device memory [n, kv_heads, D_k / D_v], float16 or bfloat16, any strides (bytes).
 /// \param slots device int64 [n]: page * page_tokens + token in page; negative = skip; distinct where not negative.
 ///        Pages may be uninitialised, tokens may come in any order, old tokens are overwritten; bits of other
@@ -183,11 +198,19 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
     return refuse(status_code::overflow, "more tokens of heads than 31 bits can count: cut the call into smaller ones");
   if (items.value() == 0) return {};
   if constexpr (detail::has_plans<Format>) {
-    const kernel::plan_tokens_args args{params.key, params.value, pages, keys, values, slots, e.report};
+    const kernel::plan_tokens_args args{params.key,
+                                        params.value,
+                                        pages,
+                                        keys,
+                                        values,
+                                        slots,
+                                        e.report,
+                                        divisor(pages.kv_heads),
+                                        divisor(pages.tiles_per_page)};
     dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::token_warps));
     grid.y = 2;
     // Not launched early itself: its blocks would crowd the first SMs that a decode kernel before it leaves.
-    return detail::launch(kernel::store_tokens_of_plans<Format>, grid, kernel::token_warps * 32, e.stream, args);
+    return detail::launch(detail::kernel_of_tokens<Format>(args), grid, kernel::token_warps * 32, e.stream, args);
   } else {
     const auto key = detail::key_side(params), value = detail::value_side(params);
     const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));

@@ -3,8 +3,9 @@
 // store_tokens (a warp per token).
 #pragma once
 
+#include <packkv/core/divisor.hpp>
 #include <packkv/detail/report.cuh>
-#include <packkv/warp/plan_token.cuh>
+#include <packkv/warp/lone_token.cuh>
 
 namespace packkv::kernel {
 
@@ -220,6 +221,7 @@ struct plan_tokens_args {
   input_view<3> keys, values;  ///< [n, kv_heads, channels]
   const std::int64_t* slots;
   device_report* report;
+  divisor kv_heads, tiles_per_page;  ///< those of pages
 };
 
 /// Codes one side of token `item / kv_heads` into a live page; by a warp.
@@ -243,6 +245,38 @@ __device__ inline void store_plan_token(const plan_tokens_args& a, const side_pa
   detail::add_report(a.report, flags, clamps);
 }
 
+/// The same out of line, for the tokens that warp::lone_token leaves.
+template <class Codec>
+#if !defined(PACKKV_SIMT_EXECUTOR)
+__noinline__
+#endif
+    __device__ void
+    store_other_token(const plan_tokens_args& a, const side_parameters& s, const input_view<3>& in, std::int32_t item) {
+  store_plan_token<Codec>(a, s, in, item);
+}
+/// The same for codecs of which warp::has_lone_token holds; channels side by side, 8-byte aligned.
+template <class Codec, bool BFloat>
+__device__ inline void store_lone_token(const plan_tokens_args& a, const side_parameters& s, const input_view<3>& in,
+                                        std::int32_t item) {
+  using namespace packkv::detail;
+  constexpr codec_spec spec = Codec::spec();
+  const std::int32_t token = a.kv_heads.quotient(item), head = item - token * a.kv_heads.value;
+  const std::int64_t slot = a.slots[token];
+  // The token is loaded, and coded, before its slot is known.
+  const warp::lone_token<Codec, BFloat> coded(
+      load8(static_cast<const char*>(address(in, token, head, 0)) + 8 * lane_id()));
+  if (slot < 0) return;
+  const auto tile = static_cast<std::uint64_t>(slot) / tile_tokens;
+  if (coded.valid() && tile <= 0x7fffffff) {
+    const auto number = static_cast<std::int32_t>(tile), page = a.tiles_per_page.quotient(number);
+    if (page < a.pages.num_pages)
+      return coded.store(
+          static_cast<int>(slot % tile_tokens),
+          tile_address(spec.strips.which, spec, a.pages, page, head, number - page * a.tiles_per_page.value));
+  }
+  store_other_token<Codec>(a, s, in, item);
+}
+
 /// Codes n single tokens of both sides, whose codecs are plans; a warp for a token and a head, of which there are fewer
 /// than 2^31. Grid: y = 0 has keys, y = 1 values.
 template <class Format>
@@ -255,6 +289,19 @@ __global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const 
     store_plan_token<typename Format::key_codec_type>(a, a.key, a.keys, item);
   else
     store_plan_token<typename Format::value_codec_type>(a, a.value, a.values, item);
+}
+
+/// The same for tokens that store_lone_token takes.
+template <class Format, bool BFloat>
+__global__ void __launch_bounds__(token_warps * 32) store_lone_tokens(const __grid_constant__ plan_tokens_args a) {
+  detail::touch_parameters(a);
+  detail::wait_for_kernel_before();
+  const auto item = static_cast<std::int32_t>(blockIdx.x * token_warps) + detail::warp_id();
+  if (item >= a.keys.extent[0] * a.pages.kv_heads) return;
+  if (blockIdx.y == 0)
+    store_lone_token<typename Format::key_codec_type, BFloat>(a, a.key, a.keys, item);
+  else
+    store_lone_token<typename Format::value_codec_type, BFloat>(a, a.value, a.values, item);
 }
 
 }  // namespace packkv::kernel

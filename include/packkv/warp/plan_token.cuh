@@ -33,7 +33,43 @@ class plan_words {
     }
   }
 
+  struct strip_numbers {
+    int width;
+    float step;  ///< gaussian_step; 1 where there are no codes
+  };
+  /// Of the strip that a channel is in.
+  __device__ static strip_numbers strip_of(int channel) {
+    strip_numbers found = numbers_of(0);
+    if constexpr (!is_even(number::width) || number_of(number::width, 0) != number_of(number::width, 1))
+      packkv::detail::for_constants<strips.count>([&](auto index) {
+        constexpr strip_numbers here = numbers_of(decltype(index)::value);
+        if (channel / strips.channels == decltype(index)::value) found = here;
+      });
+    return found;
+  }
+
   __device__ plan_words(std::uint8_t* tile, int token) : words_(tile), token_(token) {}
+
+  /// From the codes of channels 4 l .. 4 l + 3 of each lane l, a byte each, what store_neighbours takes; head dim 128.
+  /// All lanes take part.
+  __device__ static std::uint32_t trade_neighbours(std::uint32_t codes) {
+    if constexpr (keys) return codes;
+    // Channels c and c + 8 share a word: the lower lane gets the first two pairs, the upper one the others.
+    const bool upper = (packkv::detail::lane_id() & 2) != 0;
+    const std::uint32_t others = packkv::detail::shuffle_xor(codes, 2);
+    return packkv::detail::permute_bytes(upper ? others : codes, upper ? codes : others, upper ? 0x7362u : 0x5140u);
+  }
+  /// Stores them.
+  __device__ void store_neighbours(std::uint32_t traded) const {
+    const int lane = packkv::detail::lane_id();
+    if constexpr (keys) {
+      store_at(4 * lane, traded);
+    } else {
+      const int channel = 4 * (lane & ~2) + (lane & 2);
+      store_at(channel, traded);
+      store_at(channel + 1, traded >> 16);
+    }
+  }
 
   /// Stores the codes of pack Pack: byte k is that of channel lane + 32 * (4 * Pack + k). All lanes take part.
   template <int Pack>
@@ -75,6 +111,10 @@ class plan_words {
       if (number_of(what, s) != first + s * step) return false;
     return true;
   }
+  PACKKV_HOST_DEVICE static constexpr strip_numbers numbers_of(int strip) {
+    const int width = number_of(number::width, strip);
+    return {width, width > 0 ? gaussian_step(width) : 1.0f};
+  }
   /// The same of a strip that is not known at compile time.
   template <number What>
   __device__ static int look_up(int strip) {
@@ -90,9 +130,12 @@ class plan_words {
 
   /// Stores the word of channel first + 32 * index and its neighbours, if there is this index.
   __device__ void store_word(int index, int first, std::uint32_t codes) const {
-    if (index >= registers) return;
+    if (index < registers) store_at(first + 32 * index, codes);
+  }
+  /// Stores the word of a channel and its neighbours.
+  __device__ void store_at(int channel, std::uint32_t codes) const {
     constexpr int of_strip = strips.channels;
-    const int channel = first + 32 * index, strip = channel / of_strip;
+    const int strip = channel / of_strip;
     store_of_width<1>(channel, strip, codes);
     store_of_width<2>(channel, strip, codes);
     store_of_width<3>(channel, strip, codes);
