@@ -226,10 +226,10 @@ TEST_CASE("medians of tokens whose elements lie next to the boundaries of codes"
   constexpr int rounds = count_of(400, 24);
   for (int round = 0; round < rounds; ++round) {
     constexpr int dims[] = {64, 96, 128, 192, 512};
-    constexpr float steps[] = {1.0f, 0.5f, 0.2f, 0.1f, 1.0f / 30, 1.0f / 31, 1.0f / 40};
-    const int dim = dims[round % 5], heads = random.between(1, pk::warp::pack_row_shape(dim).heads());
-    const float r =
-        random.one_in(2) ? steps[random.between(0, 6)] : std::exp(-3.6f * static_cast<float>(random.uniform()));
+    constexpr float steps[] = {1.0f, 0.5f, 0.2f, 0.1f, 1.0f / 30, 1.0f / 31, 1.0f / 40, 2.0f / 61};
+    const int dim = dims[round % 5], most_heads = pk::warp::pack_row_shape(dim).heads();
+    const int heads = random.one_in(2) ? most_heads : random.between(1, most_heads), total = heads * dim;
+    const float r = round % 2 == 0 ? steps[round / 2 % 8] : std::exp(-3.6f * static_cast<float>(random.uniform()));
     const bool floating = random.one_in(2);
     const pk::pack_codec v =
         codec(pack_granularity::token, floating ? pack_zero::floating : pack_zero::integer, dim, r);
@@ -238,6 +238,8 @@ TEST_CASE("medians of tokens whose elements lie next to the boundaries of codes"
     pack_case c(format_of(token_order::median, 16, type, heads, 1, v, v), 2);
     struct {
       float low, high, nearby;
+      int lowest;  ///< elements that are `low`, all others `high`, so that the median just is or is not; -1: any
+      bool first;  ///< whether these are the first
     } token[128];
     for (auto& t : token) {  // ends of either sign, of very different size, and symmetric ones
       const float size = std::exp2(static_cast<float>(random.between(-9, 9)));
@@ -250,10 +252,14 @@ TEST_CASE("medians of tokens whose elements lie next to the boundaries of codes"
       const float begin = (floating ? t.low : 0.0f) + (code + zero + 0.5f) * scale;
       t.nearby = begin * (1.0f + static_cast<float>(random.between(-1, 1)) * ulp);
       t.nearby = std::min(std::max(t.nearby, t.low), t.high);
+      t.lowest = random.one_in(2) ? total / 2 - random.between(0, 1) : -1;
+      t.first = random.one_in(2);
     }
     const auto fill = [&](std::int64_t head, std::int64_t i, std::int64_t channel) {
       const auto& t = token[i];
       if (head == 0 && channel < 2) return channel == 0 ? t.low : t.high;
+      const auto at = static_cast<int>(head * dim + channel);
+      if (t.lowest >= 0) return (t.first ? at - 1 : total - at) < t.lowest ? t.low : t.high;
       const double u = random.uniform();
       return u < 0.25 ? t.low : u < 0.5 ? t.high : t.nearby;
     };
