@@ -33,6 +33,7 @@ class plan_words {
     }
   }
 
+  /// What codes of a strip are made with.
   struct strip_numbers {
     int width;
     float step;  ///< gaussian_step; 1 where there are no codes
