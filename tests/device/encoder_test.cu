@@ -247,6 +247,8 @@ void check_lone_tokens(random_source& random) {
     auto cache = hard_cache<Format>(random, shape);
     REQUIRE(pk::detail::encoder_serves<typename Format::key_codec_type>(cache.gpu_parameters().key,
                                                                         one_by_one(cache.keys.device())));
+    REQUIRE(pk::detail::encoder_serves<typename Format::value_codec_type>(cache.gpu_parameters().value,
+                                                                          one_by_one(cache.values.device())));
     check_stored_tokens(random, cache);
   }
 }

@@ -100,11 +100,9 @@ class lone_token {
     using namespace packkv::detail;
     constexpr int block = hadamard_block(Codec::head_dim);
     static_assert(block == 4 * warp_threads, "strides up to half a warp");
-    const auto pair = [&](int low, int high) {
-      const float a = y[low], b = y[high];
-      y[low] = add_rn(a, b), y[high] = sub_rn(a, b);
-    };
-    pair(0, 1), pair(2, 3), pair(0, 2), pair(1, 3);
+    using octet = token_octet<Codec>;
+    octet::pair(y[0], y[1]), octet::pair(y[2], y[3]);
+    octet::pair(y[0], y[2]), octet::pair(y[1], y[3]);
     for (int stride = 1; stride < warp_threads; stride *= 2) {
       const float sign = (lane_id() & stride) == 0 ? 1.0f : -1.0f;
       for (float& x : y) x = fma_rn(sign, x, shuffle_xor(x, stride));
