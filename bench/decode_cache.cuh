@@ -112,7 +112,7 @@ class decode_cache {
         coded_bytes(tiles * c.kv_heads * (key_bytes + value_bytes)),
         raw_bytes(s == storage::bare ? 0 : 2 * (raw_values(sink_tokens) + raw_values(ring_capacity())) * 2),
         copy_bytes(coded_bytes + raw_bytes),
-        copies(copies_wanted > 0 ? copies_wanted : timing::copies_for(copy_bytes)),
+        copies(copies_wanted > 0 ? copies_wanted : timing::copies_for(copy_bytes, raw_bytes)),
         table(page_ids()),
         query_begin(query_begins()),
         pool_(copy_stride() * copies),

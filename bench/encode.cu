@@ -6,6 +6,7 @@
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
 // bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone;
 // side: store_tokens in another stream, which decode_attention need not wait for, since its ring has the new tokens.
+// layer and layer_side: the same, and before both a kernel that stands for the one that makes queries and new tokens.
 #include "decode_checks.cuh"
 #include "program.cuh"
 
@@ -135,6 +136,14 @@ measured measure(int batch, int tokens, Call&& call) {
   return m;
 }
 
+/// Reads elements and writes them back, as a kernel does that rotates queries and new keys.
+__global__ void __launch_bounds__(256) pass_through(uint4* queries, std::int64_t n, uint4* tokens, std::int64_t m) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * 256 + threadIdx.x; i < n + m; i += std::int64_t{gridDim.x} * 256) {
+    uint4* const p = i < n ? queries + i : tokens + (i - n);
+    __stcg(p, __ldcg(p));
+  }
+}
+
 /// New tokens of `steps` steps for `count` sequences, and their slots.
 class new_tokens {
  public:
@@ -153,6 +162,13 @@ class new_tokens {
     require(cudaMemcpy(slots_.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
   }
   const std::uint16_t* data() const { return data_.data(); }
+  /// A kernel that writes the tokens of a step and these queries, as they are.
+  void make(int step, const std::uint16_t* queries, std::int64_t count, cudaStream_t stream) const {
+    const auto words = [](const std::uint16_t* p) { return reinterpret_cast<uint4*>(const_cast<std::uint16_t*>(p)); };
+    pass_through<<<program.sms, 256, 0, stream>>>(words(queries), count / 8, words(data_.data() + 2 * values * step),
+                                                  2 * values / 8);
+    require(cudaGetLastError());
+  }
   template <class Format>
   void store(int step, const pk::parameters<Format>& parameters, const pk::pages_view& pages,
              cudaStream_t stream) const {
@@ -257,10 +273,11 @@ class side_stream {
 };
 
 /// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, then
-/// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Beside: store_tokens
-/// runs in a stream of its own, behind the layer before, and is waited for at the end of a graph.
+/// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Made:
+/// behind pass_through of the layer, which both have, else behind decode_attention of the layer before. Beside:
+/// store_tokens runs in a stream of its own and is waited for at the end of a graph.
 template <class Format>
-measured measure_step(int count, bool beside) {
+measured measure_step(int count, bool made, bool beside) {
   decode_case c;
   c.batch = count, c.tokens = 4096;
   timing::stopwatch& watch = *program.watch;
@@ -270,13 +287,20 @@ measured measure_step(int count, bool beside) {
   };
   const new_tokens tokens(cache.copies, count, slot);
   side_stream side;
+  const auto make = [&](int i) {
+    if (made) tokens.make(i, cache.queries(), cache.queries_count(), watch.stream());
+  };
   timing::timed_call both(watch, cache.copies, [&](int i) {
+    make(i);
     if (beside) side.follow(watch.stream());
     tokens.store<Format>(i, cache.parameters, cache.view(i).pages, beside ? side.stream() : watch.stream());
     cache.decode(i, watch.stream());
     if (beside) side.join_at_end(watch.stream());
   });
-  timing::timed_call alone(watch, cache.copies, [&](int i) { cache.decode(i, watch.stream()); });
+  timing::timed_call alone(watch, cache.copies, [&](int i) {
+    make(i);
+    cache.decode(i, watch.stream());
+  });
   device_buffer<uint4> sink(1);
   const auto ceiling = timing::read_ceiling(watch, cache.pool(), cache.copy_bytes, cache.copy_stride(), cache.copies,
                                             sink.data(), program.sms);
@@ -285,7 +309,7 @@ measured measure_step(int count, bool beside) {
   m.coded_bytes = static_cast<double>(cache.coded_bytes);
   m.values = static_cast<double>(cache.values());
   m.half_bytes = 2.0 * m.values;
-  m.peer_note = "decode_attention alone";
+  m.peer_note = made ? "without store_tokens" : "decode_attention alone";
   m.error = checks::long_decode_is_right(cache);  // of what store_tokens has left, too
   m.rounds = timing::time_calls({&both, &alone, ceiling.get()});
   m.graph = both.graph(), m.single = both.single(), m.ceiling = m.peer_ceiling = ceiling->graph();
@@ -307,9 +331,12 @@ void add_format(const std::string& format) {
   for (const int count : {1, 64, 512})
     add("store_tokens/" + format + "/" + std::to_string(count), [=] { return measure_store<Format>(count); });
   for (const int count : {1, 64})
-    for (const bool beside : {false, true})
-      add((beside ? "side/" : "step/") + format + "/" + std::to_string(count),
-          [=] { return measure_step<Format>(count, beside); });
+    for (const auto& [name, made, beside] : {std::tuple{"step/", false, false},
+                                             {"side/", false, true},
+                                             {"layer/", true, false},
+                                             {"layer_side/", true, true}})
+      add(name + format + "/" + std::to_string(count),
+          [count, made = made, beside = beside] { return measure_step<Format>(count, made, beside); });
 }
 
 void add_all() {

@@ -19,6 +19,14 @@ inline constexpr std::int64_t cold_bytes = std::int64_t{320} << 20;  ///< more t
 inline int copies_for(std::int64_t bytes) {
   return static_cast<int>(std::max<std::int64_t>(2, (cold_bytes + bytes - 1) / bytes));
 }
+/// The same for copies of which `part` bytes are read in another way than the others, which may leave the L2 to them:
+/// those exceed cold_bytes, too, as far as 24 GiB go.
+inline int copies_for(std::int64_t bytes, std::int64_t part) {
+  const int all = copies_for(bytes);
+  return part == 0
+             ? all
+             : std::max<int>(all, static_cast<int>(std::min(copies_for(part) * bytes, std::int64_t{24} << 30) / bytes));
+}
 
 struct spread {
   double median = 0.0, p5 = 0.0, p95 = 0.0;  ///< milliseconds of a launch
