@@ -103,13 +103,16 @@ __device__ inline bool elected() {
 
 /// Copies `bytes` (a multiple of 16, both addresses too) to this block's shared memory and reports them to a phase of
 /// `done` that is not over. By one thread; what others did with the destination must be ordered before this call.
+/// For what is read once: in the L2 these bytes give way to others first.
 __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, mbarrier& done,
                                  [[maybe_unused]] call_site where = call_site::here()) {
 #if defined(PACKKV_SIMT_EXECUTOR)
   packkv_simt::detail::bulk_copy(to, from, bytes, &done.state, where);
 #else
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared_address(to)),
+      "{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once,1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],once;\n}" ::
+          "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(&done))
       : "memory");
 #endif

@@ -175,8 +175,9 @@ status decompress(const pages_view& pages, const page_table& table, const std::i
                                                                     items.value(), e.stream);
 }
 
-/// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later a kernel behind
-/// it that is launched with programmatic stream serialization, as decode_attention is, may begin while it ends.
+/// Codes n single tokens into their slots, in stream order; capturable in a graph. On sm_90 and later, for plans known
+/// at compile time, it is launched with programmatic stream serialization, and lets a kernel behind it that is launched
+/// so, as decode_attention is, begin while it ends.
 /// Fast for plans known at compile time; faster for those and the tensors of which compress says so, where both
 /// head dims are 128 and both tensors of one type.
 /// \param keys,values device memory [n, kv_heads, D_k / D_v], float16 or bfloat16, any strides (bytes).
@@ -209,8 +210,7 @@ status store_tokens(const input_view<3>& keys, const input_view<3>& values, cons
                                         divisor(pages.tiles_per_page)};
     dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::token_warps));
     grid.y = 2;
-    // Not launched early itself: its blocks would crowd the first SMs that a decode kernel before it leaves.
-    return detail::launch(detail::kernel_of_tokens<Format>(args), grid, kernel::token_warps * 32, e.stream, args);
+    return detail::launch_early(detail::kernel_of_tokens<Format>(args), grid, kernel::token_warps * 32, e.stream, args);
   } else {
     const auto key = detail::key_side(params), value = detail::value_side(params);
     const dim3 grid = detail::grid_for(ceil_div<std::int64_t>(items.value(), kernel::compress_warps));

@@ -277,14 +277,21 @@ __device__ inline void store_lone_token(const plan_tokens_args& a, const side_pa
   store_other_token<Codec>(a, s, in, item);
 }
 
-/// Codes n single tokens of both sides, whose codecs are plans; a warp for a token and a head, of which there are fewer
-/// than 2^31. Grid: y = 0 has keys, y = 1 values.
-template <class Format>
-__global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const __grid_constant__ plan_tokens_args a) {
+/// The warp's item of a kernel whose grid has keys where y = 0 and values where y = 1, begun when the kernel before has
+/// ended; negative: it has none.
+__device__ inline std::int32_t begin_token(const plan_tokens_args& a) {
   detail::touch_parameters(a);
   detail::wait_for_kernel_before();
   const auto item = static_cast<std::int32_t>(blockIdx.x * token_warps) + detail::warp_id();
-  if (item >= a.keys.extent[0] * a.pages.kv_heads) return;
+  return item < a.keys.extent[0] * a.pages.kv_heads ? item : -1;
+}
+
+/// Codes n single tokens of both sides, whose codecs are plans; a warp for a token and a head, of which there are fewer
+/// than 2^31.
+template <class Format>
+__global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const __grid_constant__ plan_tokens_args a) {
+  const std::int32_t item = begin_token(a);
+  if (item < 0) return;
   if (blockIdx.y == 0)
     store_plan_token<typename Format::key_codec_type>(a, a.key, a.keys, item);
   else
@@ -294,10 +301,8 @@ __global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const 
 /// The same for tokens that store_lone_token takes.
 template <class Format, bool BFloat>
 __global__ void __launch_bounds__(token_warps * 32) store_lone_tokens(const __grid_constant__ plan_tokens_args a) {
-  detail::touch_parameters(a);
-  detail::wait_for_kernel_before();
-  const auto item = static_cast<std::int32_t>(blockIdx.x * token_warps) + detail::warp_id();
-  if (item >= a.keys.extent[0] * a.pages.kv_heads) return;
+  const std::int32_t item = begin_token(a);
+  if (item < 0) return;
   if (blockIdx.y == 0)
     store_lone_token<typename Format::key_codec_type, BFloat>(a, a.key, a.keys, item);
   else
