@@ -274,8 +274,8 @@ class side_stream {
 
 /// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, then
 /// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Made:
-/// behind pass_through of the layer, which both have, else behind decode_attention of the layer before. Beside:
-/// store_tokens runs in a stream of its own and is waited for at the end of a graph.
+/// both come behind pass_through of the layer, else behind decode_attention of the layer before. Beside: store_tokens
+/// runs in a stream of its own and is waited for at the end of a graph.
 template <class Format>
 measured measure_step(int count, bool made, bool beside) {
   decode_case c;

@@ -22,10 +22,9 @@ inline int copies_for(std::int64_t bytes) {
 /// The same for copies of which `part` bytes are read in another way than the others, which may leave the L2 to them:
 /// those exceed cold_bytes, too, as far as 24 GiB go.
 inline int copies_for(std::int64_t bytes, std::int64_t part) {
-  const int all = copies_for(bytes);
-  return part == 0
-             ? all
-             : std::max<int>(all, static_cast<int>(std::min(copies_for(part) * bytes, std::int64_t{24} << 30) / bytes));
+  if (part == 0) return copies_for(bytes);
+  const std::int64_t most = (std::int64_t{24} << 30) / bytes;
+  return std::max(copies_for(bytes), static_cast<int>(std::min<std::int64_t>(copies_for(part), most)));
 }
 
 struct spread {
