@@ -4,9 +4,10 @@
 // the program ends at the first wrong byte.
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
-// bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone;
-// side: store_tokens in another stream, which decode_attention need not wait for, since its ring has the new tokens.
-// layer and layer_side: the same, and before both a kernel that stands for the one that makes queries and new tokens.
+// bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone.
+// step_side: store_tokens in another stream, step_behind: behind decode_attention and beside its end;
+// decode_attention need not wait for it then, since its ring has the new tokens. layer, layer_side and layer_behind:
+// the same, and before both a kernel that stands for the one that makes queries and new tokens.
 #include "decode_checks.cuh"
 #include "program.cuh"
 
@@ -170,10 +171,11 @@ class new_tokens {
     require(cudaGetLastError());
   }
   template <class Format>
-  void store(int step, const pk::parameters<Format>& parameters, const pk::pages_view& pages,
-             cudaStream_t stream) const {
+  void store(int step, const pk::parameters<Format>& parameters, const pk::pages_view& pages, cudaStream_t stream,
+             bool beside_previous = false) const {
     require(pk::store_tokens(tokens(2 * values * step), tokens(2 * values * step + values),
-                             slots_.data() + step * count_, parameters, pages, pk::exec{stream}));
+                             slots_.data() + step * count_, parameters, pages,
+                             pk::exec{stream, nullptr, 0, nullptr, beside_previous}));
   }
   /// The codes of all steps in these pages, which fill the pool, are the reference's.
   template <class Format>
@@ -272,12 +274,15 @@ class side_stream {
   int calls_ = 0;  ///< captured
 };
 
-/// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, then
+/// Where store_tokens is called: before decode_attention, in a stream of its own, which is waited for at the end of a
+/// graph, or behind decode_attention, beside which it may begin.
+enum class place { first, other_stream, behind };
+
+/// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, and
 /// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Made:
-/// both come behind pass_through of the layer, else behind decode_attention of the layer before. Beside: store_tokens
-/// runs in a stream of its own and is waited for at the end of a graph.
+/// both come behind pass_through of the layer, else behind decode_attention of the layer before.
 template <class Format>
-measured measure_step(int count, bool made, bool beside) {
+measured measure_step(int count, bool made, place at) {
   decode_case c;
   c.batch = count, c.tokens = 4096;
   timing::stopwatch& watch = *program.watch;
@@ -292,10 +297,14 @@ measured measure_step(int count, bool made, bool beside) {
   };
   timing::timed_call both(watch, cache.copies, [&](int i) {
     make(i);
-    if (beside) side.follow(watch.stream());
-    tokens.store<Format>(i, cache.parameters, cache.view(i).pages, beside ? side.stream() : watch.stream());
+    const auto store = [&](cudaStream_t stream, bool beside_previous) {
+      tokens.store<Format>(i, cache.parameters, cache.view(i).pages, stream, beside_previous);
+    };
+    if (at == place::other_stream) side.follow(watch.stream());
+    if (at != place::behind) store(at == place::other_stream ? side.stream() : watch.stream(), false);
     cache.decode(i, watch.stream());
-    if (beside) side.join_at_end(watch.stream());
+    if (at == place::behind) store(watch.stream(), true);
+    if (at == place::other_stream) side.join_at_end(watch.stream());
   });
   timing::timed_call alone(watch, cache.copies, [&](int i) {
     make(i);
@@ -331,12 +340,14 @@ void add_format(const std::string& format) {
   for (const int count : {1, 64, 512})
     add("store_tokens/" + format + "/" + std::to_string(count), [=] { return measure_store<Format>(count); });
   for (const int count : {1, 64})
-    for (const auto& [name, made, beside] : {std::tuple{"step/", false, false},
-                                             {"side/", false, true},
-                                             {"layer/", true, false},
-                                             {"layer_side/", true, true}})
+    for (const auto& [name, made, at] : {std::tuple{"step/", false, place::first},
+                                         {"step_side/", false, place::other_stream},
+                                         {"step_behind/", false, place::behind},
+                                         {"layer/", true, place::first},
+                                         {"layer_side/", true, place::other_stream},
+                                         {"layer_behind/", true, place::behind}})
       add(name + format + "/" + std::to_string(count),
-          [count, made = made, beside = beside] { return measure_step<Format>(count, made, beside); });
+          [count, made = made, at = at] { return measure_step<Format>(count, made, at); });
 }
 
 void add_all() {

@@ -281,21 +281,35 @@ TEST_CASE("a captured decode step stores a token and attends, with lengths that 
 
 namespace {
 
-/// Stores the last token of each sequence again and again beside attention that reads it from a ring of `window`
-/// tokens. With a ring of less than a tile attention reads others of the same tile.
-void check_store_beside_attention(int window) {
-  INFO("window " << window);
-  random_source random(4);
-  cache_shape shape{5, 2, 700, 1, pk::dtype::float16};
-  test_cache cache(random, shape, format{});
-  cache.fill();
-  decode_problem problem(random, cache, 4, 1);
+void read_new_tokens_from_ring(decode_problem<format>& problem, random_source& random, int window) {
   problem.options.window = 0;
   problem.options.position_stride = 1;
   problem.options.position_offset = 0;
   problem.with_kv_begin = problem.with_context = false;
   problem.sinks = 0;
   problem.set_ring(random, window);
+}
+/// As the fast encoders take K and V.
+template <class Format>
+void take_away_padding(test_cache<Format>& cache) {
+  for (tensor_data* x : {&cache.keys, &cache.values}) {
+    x->pad = 0;
+    x->host_bits.resize(static_cast<std::size_t>(x->rows * x->heads * x->tokens * x->dim));
+    x->device_bits = device_array<std::uint16_t>(x->host_bits);
+  }
+}
+
+/// Stores the last token of each sequence again and again beside attention that reads it from a ring of `window`
+/// tokens, in another stream or behind it in its own. With a ring of less than a tile attention reads others of the
+/// same tile.
+void check_store_beside_attention(int window, bool same_stream) {
+  INFO("window " << window << ", same stream " << same_stream);
+  random_source random(4);
+  cache_shape shape{5, 2, 700, 1, pk::dtype::float16};
+  test_cache cache(random, shape, format{});
+  cache.fill();
+  decode_problem problem(random, cache, 4, 1);
+  read_new_tokens_from_ring(problem, random, window);
   const std::vector<float> expected = problem.device().out;
 
   // The last token of each sequence, from its own tensors (number `batch`) or from others, and its slot.
@@ -315,11 +329,13 @@ void check_store_beside_attention(int window) {
     x.extent[0] = 1;
     return x;
   };
-  cudaStream_t side;
+  cudaStream_t stream, side;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   check_cuda(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking));
   const auto store = [&](int b, int t) {
     pk::exec e = cache.exec();
-    e.stream = side;
+    e.stream = same_stream ? stream : side;
+    e.beside_previous = same_stream;
     return pk::store_tokens(token_of(cache.keys.device(), b, t), token_of(cache.values.device(), b, t),
                             slots.data() + b, cache.gpu_parameters(), cache.gpu_pages(), e);
   };
@@ -328,8 +344,6 @@ void check_store_beside_attention(int window) {
   device_array<float> lse(static_cast<std::size_t>(problem.tokens * problem.heads()));
   device_array<std::uint8_t> workspace = problem.decode_workspace();
   check_cuda(cudaDeviceSynchronize());  // its poison must not come behind what follows in another stream
-  cudaStream_t stream;
-  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
   REQUIRE(pk::initialize_workspace(e));
   int different = 0;
@@ -359,7 +373,77 @@ void check_store_beside_attention(int window) {
 }  // namespace
 
 TEST_CASE("store_tokens beside attention that has the new tokens in its ring changes nothing that is read") {
-  for (const int window : {64, 20}) check_store_beside_attention(window);
+  for (const int window : {64, 20})
+    for (const bool same_stream : {false, true}) check_store_beside_attention(window, same_stream);
+}
+
+namespace {
+
+/// Copies words after a while; the kernel behind it may begin at once, if it is launched early.
+__global__ void __launch_bounds__(256) copy_late(const std::uint16_t* from, std::uint16_t* to, int count, int cycles) {
+  pk::detail::let_next_kernel_begin();
+  for (const long long begin = clock64(); clock64() - begin < cycles;) {
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += 256) to[i] = from[i];
+}
+
+}  // namespace
+
+// Attention lets store_tokens begin when the tokens are there; 100,000 cycles are more than it takes to begin both.
+TEST_CASE("store_tokens beside attention finds the tokens that a kernel before it makes, and the next call waits") {
+  random_source random(6);
+  test_cache cache(random, cache_shape{3, 2, 200, 1, pk::dtype::float16}, format{});
+  cache.lengths = {200, 200, 200};
+  cache.device_lengths.assign(cache.lengths);
+  take_away_padding(cache);
+  cache.fill();
+  decode_problem problem(random, cache, 4, 1);
+  read_new_tokens_from_ring(problem, random, 64);
+  const std::vector<float> expected = problem.device().out;
+  std::vector<std::int64_t> slot;  // of those tokens of sequence 0 that lie in the ring
+  for (int t = 0; t < cache.shape.max_tokens; ++t)
+    slot.push_back(t < 136 ? -1 : std::int64_t{cache.table[static_cast<std::size_t>(t / 64)]} * 64 + t % 64);
+  const device_array<std::int64_t> slots(slot);
+  const auto made = [&](const tensor_data& x) { return device_array<std::uint16_t>(x.host_bits.size()); };
+  device_array<std::uint16_t> keys = made(cache.keys), values = made(cache.values);
+  const auto tokens_in = [](device_array<std::uint16_t>& data, const tensor_data& like) {
+    pk::input_view<4> all = like.device();
+    all.data = data.data();
+    return one_by_one(all);
+  };
+  cudaStream_t stream;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  device_array<std::uint8_t> workspace = problem.decode_workspace();
+  device_array<float> out(expected.size());
+  device_array<float> lse(static_cast<std::size_t>(problem.tokens * problem.heads()));
+  check_cuda(cudaDeviceSynchronize());
+  pk::exec e{stream, workspace.data(), workspace.size(), cache.device_report.data()};
+  REQUIRE(pk::initialize_workspace(e));
+  pk::exec beside = e;
+  beside.beside_previous = true;
+  const auto attend = [&] {
+    return pk::decode_attention(problem.query_view(true), problem.device_query_start.data(), problem.view(true),
+                                cache.gpu_parameters(), problem.out_view(out.data()), problem.lse_view(lse.data()),
+                                problem.with_arrays(true), e);
+  };
+  int different = 0;
+  for (int round = 0; round < (small_tests ? 3 : 50); ++round) {
+    for (device_array<std::uint16_t>* x : {&keys, &values}) x->poison();
+    out.assign(std::vector<float>(expected.size(), 7.0f));
+    check_cuda(cudaDeviceSynchronize());
+    for (const auto& [from, to] : {std::pair{&cache.keys, &keys}, std::pair{&cache.values, &values}})
+      REQUIRE(pk::detail::launch(copy_late, dim3(1), 256, stream,
+                                 static_cast<const std::uint16_t*>(from->device_bits.data()), to->data(),
+                                 static_cast<int>(to->size()), 100000));
+    REQUIRE(attend());
+    REQUIRE(pk::store_tokens(tokens_in(keys, cache.keys), tokens_in(values, cache.values), slots.data(),
+                             cache.gpu_parameters(), cache.gpu_pages(), beside));
+    const std::vector<float> got = out.host();  // behind store_tokens, and so behind attention
+    different += std::memcmp(got.data(), expected.data(), 4 * got.size()) != 0;
+    different += cache.device_pages.host() != cache.pages;
+  }
+  CHECK(different == 0);
+  check_cuda(cudaStreamDestroy(stream));
 }
 
 // The kernel of values begins beside that of keys, and the GEMV early, too. On an H200 this holds without the wait at
@@ -373,12 +457,8 @@ TEST_CASE("a GEMV launched right behind compress sees all keys") {
   cache.key_data = {}, cache.value_data = {};
   cache.lengths = {cache.shape.max_tokens};
   cache.device_lengths.assign(cache.lengths);
-  for (tensor_data* x : {&cache.keys, &cache.values}) {  // as the tile encoder takes them
-    x->pad = 0;
-    x->host_bits.resize(static_cast<std::size_t>(x->heads * x->tokens * x->dim));
-  }
   std::fill(cache.keys.host_bits.begin(), cache.keys.host_bits.end(), std::uint16_t{0});  // all coded twice
-  for (tensor_data* x : {&cache.keys, &cache.values}) x->device_bits = device_array<std::uint16_t>(x->host_bits);
+  take_away_padding(cache);
   const tensor_data queries(random, pk::dtype::float16, 1, 1, heads, 128);
   const auto count = static_cast<std::size_t>(heads * cache.shape.max_tokens);
   device_array<float> scores(count);

@@ -37,9 +37,11 @@ template <class Codec, bool BFloat>
 __global__ void __launch_bounds__(32) store_one_by_one(const std::uint16_t* x, std::uint8_t* tile, int* stored) {
   const int token = static_cast<int>(blockIdx.x);
   const auto bits = pk::detail::load8(x + token * Codec::head_dim + 4 * pk::detail::lane_id());
-  const pk::warp::lone_token<Codec, BFloat> coded(bits);
-  if (coded.valid()) coded.store(token % 64, tile + token / 64 * Codec::spec().tile_bytes());
-  if (threadIdx.x == 0) stored[token] = coded.valid() ? 1 : 0;
+  pk::warp::lone_token<Codec, BFloat> coded(bits);
+  coded.aim(token % 64, tile + token / 64 * Codec::spec().tile_bytes());
+  const bool valid = coded.code();
+  if (valid) coded.store();
+  if (threadIdx.x == 0) stored[token] = valid ? 1 : 0;
 }
 template <class Codec>
 int count_stored(const std::vector<std::uint16_t>& x, pk::dtype type) {

@@ -247,8 +247,8 @@ void compress_prompt(engine& e) {
   engine::require(s);
 }
 
-/// Stores new tokens, and attends with the queries, over `cache`.
-pk::status step(engine& e, const pk::cache_view& cache) {
+/// Stores new tokens, and attends with the queries, over `cache`. Attends first if its ring has the new tokens.
+pk::status step(engine& e, const pk::cache_view& cache, bool attend_first = false) {
   const auto new_keys = e.query_view(e.new_keys, kv_heads), new_values = e.query_view(e.new_values, kv_heads);
   const auto queries = e.query_view(e.queries, query_heads);
   const auto out = e.out_view();
@@ -256,9 +256,18 @@ pk::status step(engine& e, const pk::cache_view& cache) {
   const pk::parameters<format> parameters = e.parameters();
   const pk::attention_options options = engine::attention_options();
   const pk::pages_view& pages = cache.pages;
-  const pk::exec exec = e.exec;
+  pk::exec exec = e.exec;
   const std::int64_t* const slots = e.slots.device.data();
   const std::int32_t* const query_start_loc = e.query_start_loc.device.data();
+  if (attend_first) {
+    // [behind]
+    // The ring has the new tokens: attention does not read their codes, which may be stored while it ends.
+    pk::status s = pk::decode_attention(queries, query_start_loc, cache, parameters, out, lse, options, exec);
+    exec.beside_previous = true;
+    if (s) s = pk::store_tokens(new_keys, new_values, slots, parameters, pages, exec);
+    // [behind]
+    return s;
+  }
   // [step]
   // 16-bit tokens into the pages, then attention over the pages, both in the order of exec.stream.
   pk::status s = pk::store_tokens(new_keys, new_values, slots, parameters, pages, exec);
@@ -284,11 +293,13 @@ TEST_CASE("documentation: sinks and ring take the place of coded tokens") {
   pk::cache_view cache = e.cache();
   add_recent(cache, e.sink_keys.device.data(), e.sink_values.device.data(), e.ring_keys.device.data(),
              e.ring_values.device.data());
-  engine::require(step(e, cache));
-  e.check(engine::attention_options(), [&](pk::cache_view& on_host) {
-    add_recent(on_host, e.sink_keys.host.data(), e.sink_values.host.data(), e.ring_keys.host.data(),
-               e.ring_values.host.data());
-  });
+  for (const bool attend_first : {false, true}) {
+    engine::require(step(e, cache, attend_first));
+    e.check(engine::attention_options(), [&](pk::cache_view& on_host) {
+      add_recent(on_host, e.sink_keys.host.data(), e.sink_values.host.data(), e.ring_keys.host.data(),
+                 e.ring_values.host.data());
+    });
+  }
 }
 
 TEST_CASE("documentation: drafts are verified together, and rejected ones overwritten") {

@@ -23,9 +23,11 @@ void check_stored_tokens(random_source& random, test_cache<Format>& cache) {
     const device_array<std::int64_t> device_slots(order);
     REQUIRE(pk::reference::store_tokens(one_by_one(cache.keys.host()), one_by_one(cache.values.host()), order.data(),
                                         cache.host_parameters(), cache.host_pages(), cache.report));
+    pk::exec e = cache.exec();
+    e.beside_previous = random.one_in(2);
     REQUIRE(cache.after_failures([&] {
       return pk::store_tokens(one_by_one(cache.keys.device()), one_by_one(cache.values.device()), device_slots.data(),
-                              cache.gpu_parameters(), cache.gpu_pages(), cache.exec());
+                              cache.gpu_parameters(), cache.gpu_pages(), e);
     }));
     CHECK((cache.device_pages.host() == cache.pages));
   }

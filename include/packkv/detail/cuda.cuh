@@ -173,6 +173,17 @@ __device__ inline std::uint32_t arrive(std::uint32_t* counter, std::uint32_t las
 #endif
 }
 
+/// A load of a word of which others change bits meanwhile.
+__device__ inline std::uint32_t load_changing(std::uint32_t* p) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return atomicOr(p, 0u);
+#else
+  std::uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return x;
+#endif
+}
+
 /// A load that sees what other blocks wrote in this launch.
 __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 
@@ -201,13 +212,14 @@ __device__ inline void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/// Lets the next kernel begin, and waits until the kernel before in the stream has ended and all can see what it has
-/// written. A kernel that is launched early touches nothing but its parameters and shared memory before.
+/// Waits until the kernel before in the stream has ended and all can see what it has written, then lets the next kernel
+/// begin: whoever does not wait for this kernel sees what those before it wrote. A kernel that is launched early
+/// touches nothing but its parameters and shared memory before.
 __device__ inline void wait_for_kernel_before() {
-  let_next_kernel_begin();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(PACKKV_SIMT_EXECUTOR)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  let_next_kernel_begin();
 }
 /// The first line of each of two kernels of a call, neither of which needs what the other writes. The second, launched
 /// early, begins beside the last blocks of the first. The first is not launched early: what the second needs has been

@@ -16,6 +16,12 @@ struct exec {
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   device_report* report = nullptr;  ///< device memory, zeroed by the caller; null: nothing is reported
+  /// Allows a call to run beside the kernel before it in the stream, which then must neither write what the call reads
+  /// nor touch what it writes. What comes behind the call waits for both. Used by store_tokens alone.
+  /// \remark If that kernel lets others begin early (programmatic dependent launch), it waits for those before it
+  /// first,
+  ///         as all kernels of this library do.
+  bool beside_previous = false;
 };
 
 namespace detail {

@@ -222,6 +222,7 @@ struct plan_tokens_args {
   const std::int64_t* slots;
   device_report* report;
   divisor kv_heads, tiles_per_page;  ///< those of pages
+  bool beside_previous;              ///< needs nothing of the kernel before, and waits for it at the end only
 };
 
 /// Codes one side of token `item / kv_heads` into a live page; by a warp.
@@ -262,28 +263,32 @@ __device__ inline void store_lone_token(const plan_tokens_args& a, const side_pa
   constexpr codec_spec spec = Codec::spec();
   const std::int32_t token = a.kv_heads.quotient(item), head = item - token * a.kv_heads.value;
   const std::int64_t slot = a.slots[token];
-  // The token is loaded, and coded, before its slot is known.
-  const warp::lone_token<Codec, BFloat> coded(
-      load8(static_cast<const char*>(address(in, token, head, 0)) + 8 * lane_id()));
+  // The token is loaded, and transformed, before its slot is known; its tile is on its way while it is coded.
+  warp::lone_token<Codec, BFloat> coded(load8(static_cast<const char*>(address(in, token, head, 0)) + 8 * lane_id()));
   if (slot < 0) return;
   const auto tile = static_cast<std::uint64_t>(slot) / tile_tokens;
-  if (coded.valid() && tile <= 0x7fffffff) {
+  if (tile <= 0x7fffffff) {
     const auto number = static_cast<std::int32_t>(tile), page = a.tiles_per_page.quotient(number);
-    if (page < a.pages.num_pages)
-      return coded.store(
-          static_cast<int>(slot % tile_tokens),
-          tile_address(spec.strips.which, spec, a.pages, page, head, number - page * a.tiles_per_page.value));
+    if (page < a.pages.num_pages) {
+      coded.aim(static_cast<int>(slot % tile_tokens),
+                tile_address(spec.strips.which, spec, a.pages, page, head, number - page * a.tiles_per_page.value));
+      if (coded.code()) return coded.store();
+    }
   }
   store_other_token<Codec>(a, s, in, item);
 }
 
-/// The warp's item of a kernel whose grid has keys where y = 0 and values where y = 1, begun when the kernel before has
-/// ended; negative: it has none.
+/// The warp's item of a kernel whose grid has keys where y = 0 and values where y = 1; negative: it has none.
 __device__ inline std::int32_t begin_token(const plan_tokens_args& a) {
   detail::touch_parameters(a);
-  detail::wait_for_kernel_before();
+  if (!a.beside_previous) detail::wait_for_kernel_before();
   const auto item = static_cast<std::int32_t>(blockIdx.x * token_warps) + detail::warp_id();
   return item < a.keys.extent[0] * a.pages.kv_heads ? item : -1;
+}
+
+/// Its last line: whatever comes next waits for the kernel before, too.
+__device__ inline void end_token(const plan_tokens_args& a) {
+  if (a.beside_previous) detail::wait_for_kernel_before();
 }
 
 /// Codes n single tokens of both sides, whose codecs are plans; a warp for a token and a head, of which there are fewer
@@ -291,22 +296,26 @@ __device__ inline std::int32_t begin_token(const plan_tokens_args& a) {
 template <class Format>
 __global__ void __launch_bounds__(token_warps * 32) store_tokens_of_plans(const __grid_constant__ plan_tokens_args a) {
   const std::int32_t item = begin_token(a);
-  if (item < 0) return;
-  if (blockIdx.y == 0)
-    store_plan_token<typename Format::key_codec_type>(a, a.key, a.keys, item);
-  else
-    store_plan_token<typename Format::value_codec_type>(a, a.value, a.values, item);
+  if (item >= 0) {
+    if (blockIdx.y == 0)
+      store_plan_token<typename Format::key_codec_type>(a, a.key, a.keys, item);
+    else
+      store_plan_token<typename Format::value_codec_type>(a, a.value, a.values, item);
+  }
+  end_token(a);
 }
 
 /// The same for tokens that store_lone_token takes.
 template <class Format, bool BFloat>
 __global__ void __launch_bounds__(token_warps * 32) store_lone_tokens(const __grid_constant__ plan_tokens_args a) {
   const std::int32_t item = begin_token(a);
-  if (item < 0) return;
-  if (blockIdx.y == 0)
-    store_lone_token<typename Format::key_codec_type, BFloat>(a, a.key, a.keys, item);
-  else
-    store_lone_token<typename Format::value_codec_type, BFloat>(a, a.value, a.values, item);
+  if (item >= 0) {
+    if (blockIdx.y == 0)
+      store_lone_token<typename Format::key_codec_type, BFloat>(a, a.key, a.keys, item);
+    else
+      store_lone_token<typename Format::value_codec_type, BFloat>(a, a.value, a.values, item);
+  }
+  end_token(a);
 }
 
 }  // namespace packkv::kernel

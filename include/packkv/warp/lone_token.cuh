@@ -3,8 +3,9 @@
 // One idea: what the definition does by a square root and divisions in double and float, done by multiply-adds whose
 // result is the same, proven for the numbers that nearly all tokens have; any other token is left to
 // warp::store_plan_token.
-//   const warp::lone_token<Codec, false> coded(load8(channels + 8 * lane_id()));
-//   if (coded.valid()) coded.store(slot, tile);
+//   warp::lone_token<Codec, false> coded(load8(channels + 8 * lane_id()));
+//   coded.aim(slot, tile);
+//   if (coded.code()) coded.store();
 #pragma once
 
 #include <packkv/warp/plan_token.cuh>
@@ -66,29 +67,36 @@ class lone_token {
   static_assert(has_lone_token<Codec>, "plans of 128 channels, identity or Hadamard, no leading components");
 
  public:
-  /// Codes the token whose channels 4 l .. 4 l + 3 lane l has. All lanes take part.
+  /// Of the token whose channels 4 l .. 4 l + 3 lane l has. All lanes take part, in all that follows, too.
   __device__ explicit lone_token(const detail::bytes8& bits) {
     using namespace packkv::detail;
-    float y[4];
     for (int w = 0; w < 2; ++w) {
       const two_floats x = unpack_16bit<BFloat>(bits.word[w]);
-      y[2 * w] = x.low, y[2 * w + 1] = x.high;
+      y_[2 * w] = x.low, y_[2 * w + 1] = x.high;
     }
-    if constexpr (spec.transform == transform_kind::hadamard) hadamard(y);
-    double sum = 0.0;
-    for (const float x : y) sum = add_square(sum, x);
-    const row_scale_number scale(warp_sum(sum) * (1.0 / Codec::head_dim));  // not finite: no number
-    valid_ = scale.value != 0.0f && !has_tiny(y);
-    scale_ = scale.half_bits();
-    traded_ = words_type::trade_neighbours(codes_of(y, scale.value));
+    if constexpr (spec.transform == transform_kind::hadamard) hadamard(y_);
+  }
+  /// It will be token `token` of a tile, whose words are requested.
+  __device__ void aim(int token, std::uint8_t* tile) {
+    token_ = token, tile_ = tile;
+    words_ = words_type(tile, token);
+    words_.load_neighbours();
   }
   /// False: the token may have something to report, or needs the arithmetic of the definition. The same in all lanes.
-  __device__ bool valid() const { return valid_; }
-  /// Stores a valid token as token `token` of a tile. All lanes take part.
-  __device__ void store(int token, std::uint8_t* tile) const {
+  __device__ bool code() {
+    using namespace packkv::detail;
+    double sum = 0.0;
+    for (const float x : y_) sum = add_square(sum, x);
+    const row_scale_number scale(warp_sum(sum) * (1.0 / Codec::head_dim));  // not finite: no number
+    scale_ = scale.half_bits();
+    traded_ = words_type::trade_neighbours(codes_of(y_, scale.value));
+    return scale.value != 0.0f && !has_tiny(y_);
+  }
+  /// Stores it where it was aimed at.
+  __device__ void store() const {
     if (packkv::detail::lane_id() == 0)
-      *reinterpret_cast<std::uint16_t*>(tile + spec.code_bytes() + 2 * row_slot(token)) = scale_;
-    words_type(tile, token).store_neighbours(traded_);
+      *reinterpret_cast<std::uint16_t*>(tile_ + spec.code_bytes() + 2 * row_slot(token_)) = scale_;
+    words_.store_neighbours(traded_);
   }
 
  private:
@@ -130,9 +138,12 @@ class lone_token {
     return codes;
   }
 
-  bool valid_;
-  std::uint16_t scale_;
-  std::uint32_t traded_;
+  float y_[4];
+  int token_ = 0;
+  std::uint8_t* tile_ = nullptr;
+  words_type words_{nullptr, 0};
+  std::uint16_t scale_ = 0;
+  std::uint32_t traded_ = 0;
 };
 
 }  // namespace packkv::warp

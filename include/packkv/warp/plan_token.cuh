@@ -60,16 +60,23 @@ class plan_words {
     const std::uint32_t others = packkv::detail::shuffle_xor(codes, 2);
     return packkv::detail::permute_bytes(upper ? others : codes, upper ? codes : others, upper ? 0x7362u : 0x5140u);
   }
+  /// Loads the words that store_neighbours changes, which others may change meanwhile.
+  __device__ void load_neighbours() {
+    for_neighbours([&](int channel, auto number, int) {
+      for_fields(channel, [&](auto, const bit_field& field, auto plane) {
+        loaded_[planes * decltype(number)::value + decltype(plane)::value] = words_.load(field.word);
+      });
+    });
+  }
   /// Stores them.
   __device__ void store_neighbours(std::uint32_t traded) const {
-    const int lane = packkv::detail::lane_id();
-    if constexpr (keys) {
-      store_at(4 * lane, traded);
-    } else {
-      const int channel = 4 * (lane & ~2) + (lane & 2);
-      store_at(channel, traded);
-      store_at(channel + 1, traded >> 16);
-    }
+    for_neighbours([&](int channel, auto number, int shift) {
+      for_fields(channel, [&](auto bits, const bit_field& field, auto plane) {
+        constexpr int n = planes * decltype(number)::value + decltype(plane)::value;
+        words_.replace(write_of<decltype(bits)::value>(field, traded >> (shift + 2 * decltype(plane)::value)),
+                       loaded_[n]);
+      });
+    });
   }
 
   /// Stores the codes of pack Pack: byte k is that of channel lane + 32 * (4 * Pack + k). All lanes take part.
@@ -135,33 +142,60 @@ class plan_words {
   }
   /// Stores the word of a channel and its neighbours.
   __device__ void store_at(int channel, std::uint32_t codes) const {
-    constexpr int of_strip = strips.channels;
-    const int strip = channel / of_strip;
-    store_of_width<1>(channel, strip, codes);
-    store_of_width<2>(channel, strip, codes);
-    store_of_width<3>(channel, strip, codes);
-    store_of_width<4>(channel, strip, codes);
-    store_of_width<8>(channel, strip, codes);
+    for_fields(channel, [&](auto bits, const bit_field& field, auto plane) {
+      words_(write_of<decltype(bits)::value>(field, codes >> (2 * decltype(plane)::value)));
+    });
   }
-  template <int Width>
-  __device__ void store_of_width(int channel, int strip, std::uint32_t codes) const {
+  /// f(first channel of a word, its number, place of its codes in what trade_neighbours returns).
+  template <class F>
+  __device__ static void for_neighbours(F&& f) {
+    using std::integral_constant;
+    const int lane = packkv::detail::lane_id();
+    if constexpr (keys) {
+      f(4 * lane, integral_constant<int, 0>{}, 0);
+    } else {
+      const int channel = 4 * (lane & ~2) + (lane & 2);
+      f(channel, integral_constant<int, 0>{}, 0);
+      f(channel + 1, integral_constant<int, 1>{}, 16);
+    }
+  }
+  /// f(bits, field, plane) for each field of a channel and its neighbours: one, two of a width of 3, none of 0.
+  template <class F>
+  __device__ void for_fields(int channel, F&& f) const {
+    const int strip = channel / strips.channels;
+    fields_of_width<1>(channel, strip, f);
+    fields_of_width<2>(channel, strip, f);
+    fields_of_width<3>(channel, strip, f);
+    fields_of_width<4>(channel, strip, f);
+    fields_of_width<8>(channel, strip, f);
+  }
+  template <int Width, class F>
+  __device__ void fields_of_width(int channel, int strip, F&& f) const {
+    using std::integral_constant;
     if constexpr (has_width(Width)) {
       if (look_up<number::width>(strip) != Width) return;
-      store_field<Width == 3 ? 2 : Width>(look_up<number::low>(strip), channel, codes);
-      if constexpr (Width == 3) store_field<1>(look_up<number::high>(strip), channel, codes >> 2);
+      constexpr int low = Width == 3 ? 2 : Width;
+      f(integral_constant<int, low>{}, field_of<low>(look_up<number::low>(strip), channel),
+        integral_constant<int, 0>{});
+      if constexpr (Width == 3)
+        f(integral_constant<int, 1>{}, field_of<1>(look_up<number::high>(strip), channel), integral_constant<int, 1>{});
     }
   }
   template <int Bits>
-  __device__ void store_field(int base, int channel, std::uint32_t codes) const {
+  __device__ bit_field field_of(int base, int channel) const {
+    return keys ? packkv::detail::key_field(Bits, base, strips.channels, token_, channel)
+                : packkv::detail::value_field(Bits, base, token_, channel);
+  }
+  template <int Bits>
+  __device__ static code_write write_of(const bit_field& field, std::uint32_t codes) {
     constexpr std::uint32_t mask = ((1u << Bits) - 1) * each;
-    constexpr int of_strip = strips.channels;
-    const bit_field field = keys ? packkv::detail::key_field(Bits, base, of_strip, token_, channel)
-                                 : packkv::detail::value_field(Bits, base, token_, channel);
-    words_({field.word, mask << field.bit, (codes & mask) << field.bit});
+    return {field.word, mask << field.bit, (codes & mask) << field.bit};
   }
 
+  static constexpr int planes = has_width(3) ? 2 : 1;
   shared_words words_;
   int token_;
+  std::uint32_t loaded_[(keys ? 1 : 2) * planes] = {};
 };
 
 /// Codes a token y in the coded basis: the bytes of encode_token by fewer instructions. All lanes take part.

@@ -197,6 +197,11 @@ class shared_words {
     if (w.bits != w.mask) atomicAnd(&words_[w.word], ~(w.mask & ~w.bits));
     if (w.bits != 0) atomicOr(&words_[w.word], w.bits);
   }
+  /// The same in two steps, the first of which may come before the bits are known.
+  __device__ std::uint32_t load(int word) const { return detail::load_changing(&words_[word]); }
+  __device__ void replace(const code_write& w, std::uint32_t loaded) const {
+    atomicXor(&words_[w.word], (loaded & w.mask) ^ w.bits);
+  }
 
  private:
   std::uint32_t* words_;
