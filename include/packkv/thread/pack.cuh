@@ -46,6 +46,16 @@ class tile_words {
       put_plane<width, first_word(Strip, false), Token, Channel, From>(bytes);
     }
   }
+  /// Whether a quarter has words of its own in half of the strips or more: those of 4 or 8 bits.
+  PACKKV_HOST_DEVICE static constexpr bool quarters_have_words() {
+    int own = 0, all = 0;
+    for (int s = 0; s < strips.count; ++s) {
+      const int width = strips.width[s];
+      own += width > 0 && width != 3 && quarters_of_word(width) == 1 ? 1 : 0;
+      all += width > 0 ? 1 : 0;
+    }
+    return own > 0 && 2 * own >= all;
+  }
   /// Quarter `quarter`, 0 to 3 in this order, is complete. All lanes take part, here and below.
   __device__ void store_quarter(std::uint32_t* tile, int lane, int quarter) {
     for_planes([&](auto bits, auto first, auto base) {

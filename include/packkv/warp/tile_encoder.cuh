@@ -66,8 +66,13 @@ class tile_encoder {
  public:
   static constexpr int dim = Codec::head_dim;
   static constexpr int list_size = 128;  ///< tokens to be coded again: at least those of a tile
+  /// Whether a tile is gathered in shared memory until its lines are whole: where quarters store words, each sector
+  /// would be stored to in several parts (8 x 32k tokens of four_bit 0.658 to 0.605 ms; but 2 bits, whose halves store
+  /// words, 0.548 to 0.554, keys of 4, 2, 1 and no bits 0.516 to 0.525; H200, 2026-11-30).
+  static constexpr bool gathers = thread::tile_words<Codec>::quarters_have_words();
   /// Of a warp, in shared memory.
   struct temp_storage {
+    alignas(16) std::uint8_t coded[gathers ? Codec::spec().tile_bytes() : 16];
     const void* token[list_size];
     std::uint8_t* tile[list_size];
     std::uint8_t slot[list_size];
@@ -103,6 +108,7 @@ class tile_encoder {
     using namespace packkv::detail;
     if (listed_ + tile_tokens > list_size) finish(flags);
     words_type words;
+    std::uint8_t* const to = gathers ? storage_.coded : tile;
     std::uint64_t doubtful = 0;
     elements x;
     load(x, 0, of);
@@ -118,13 +124,18 @@ class tile_encoder {
         else
           encode_values<step>(x, of.count - 16 * quarter, refill, words, scales, doubts);
       });
-      words.store_quarter(reinterpret_cast<std::uint32_t*>(tile), lane_, quarter);
+      words.store_quarter(reinterpret_cast<std::uint32_t*>(to), lane_, quarter);
       if (lane_ % 4 == 0)  // the slots of the tokens whose number is lane / 4 modulo 8 lie side by side
-        *reinterpret_cast<std::uint32_t*>(tile + code_bytes + 4 * lane_ + 4 * quarter) = scales;
+        *reinterpret_cast<std::uint32_t*>(to + code_bytes + 4 * lane_ + 4 * quarter) = scales;
       doubts = __reduce_or_sync(all_lanes, doubts << (keys ? lane_ / 4 : lane_ % 4 * 2));
       doubtful |= std::uint64_t{doubts} << (16 * quarter);
     }
-    words.store_rest(reinterpret_cast<std::uint32_t*>(tile), lane_);
+    words.store_rest(reinterpret_cast<std::uint32_t*>(to), lane_);
+    if constexpr (gathers) {
+      __syncwarp();
+      for (int i = 16 * lane_; i < spec_of.tile_bytes(); i += 16 * warp_threads) store16(tile + i, load16(to + i));
+      __syncwarp();
+    }
     if (doubtful == 0) return;
     for (int i = 0; i < 2; ++i) {
       const auto half = static_cast<std::uint32_t>(doubtful >> (32 * i));
