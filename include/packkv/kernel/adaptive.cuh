@@ -31,7 +31,8 @@ __device__ inline void store_numbers(detail::group_numbers n, std::uint16_t* num
 
 /// Numbers that all heads share; a warp per group: a token, or the tokens of a block.
 template <int HeadDim>
-__global__ void __launch_bounds__(grouped_warps * 32) adaptive_shared_numbers(const __grid_constant__ adaptive_args a) {
+__global__ void __launch_bounds__(grouped_warps * 32, 1)
+    adaptive_shared_numbers(const __grid_constant__ adaptive_args a) {
   using namespace packkv::detail;
   const int count = a.spec.number_count(), run = tile_tokens / count;
   std::uint32_t flags = 0;

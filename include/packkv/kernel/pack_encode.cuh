@@ -64,6 +64,7 @@ struct pack_encode_args {
 /// The unit of one block of threads, in shared memory.
 struct encode_unit {
   std::int64_t number;                           ///< of the launch
+  std::int64_t first_tile;                       ///< its number
   std::int64_t begin;                            ///< byte of the first tile
   int start[encode_heads][tile_tokens / 2 + 1];  ///< words of payload before each group; behind them the end
   std::uint32_t bits[encode_heads];              ///< measure_group's
@@ -190,26 +191,27 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
   const bool keys = unit.number < args.key.units;
   const pack_encode_side& side = keys ? args.key : args.value;
   const pack_args& a = side.args;
-  const std::int64_t number = keys ? unit.number : unit.number - args.key.units;
+  const auto number_of_side = [&] { return keys ? unit.number : unit.number - args.key.units; };
   const pack_units units(a.format, a.which, side.most_heads);
   const int dim = HeadDim != 0 ? HeadDim : a.format.codec(a.which).head_dim;
-  const std::int64_t row = number / units.of_row, block = row / a.format.batch, b = row % a.format.batch;
+  const std::int64_t number = number_of_side(), row = number / units.of_row, block = row / a.format.batch,
+                     b = row % a.format.batch;
   const int first_head = static_cast<int>(number % units.of_row) * units.heads;
   const int heads = min_of(units.heads, a.format.kv_heads - first_head);
   std::uint8_t* const codes = dynamic_shared();
-  thread::four_packs* const packs = reinterpret_cast<thread::four_packs*>(codes + units.code_bytes(dim));
-  [[maybe_unused]] std::uint32_t* const stage =
-      reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
-      warp * warp::group_stage_words(PackSize);
+  const auto packs_of = [&](int item) {
+    return reinterpret_cast<thread::four_packs*>(codes + units.code_bytes(dim)) + item * (dim / 4);
+  };
 
+  if (thread == 0) unit.first_tile = row * a.format.kv_heads + first_head;
   write_unit_codes<BFloat, HeadDim>(side, block, b, first_head, heads, codes);
   __syncthreads();
 
   for (int item = warp; item < heads * groups; item += encode_warps) {
     const int head = item / groups, g = item % groups;
     std::uint32_t bits = 0;
-    const int widths = warp::measure_group<PackSize>(codes + (head * tile_tokens + g * PackSize) * dim, dim,
-                                                     packs + item * (dim / 4), bits);
+    const int widths =
+        warp::measure_group<PackSize>(codes + (head * tile_tokens + g * PackSize) * dim, dim, packs_of(item), bits);
     if (lane_id() == 0) {
       unit.start[head][g + 1] = pack_tile::words_of(widths * PackSize);
       atomicOr(&unit.bits[head], bits);
@@ -221,7 +223,6 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
     if (lane_id() == 0) unit.bytes[head] = bytes;
   }
   __syncthreads();
-  const std::int64_t first_tile = row * a.format.kv_heads + first_head;
   const auto entry = [&](std::int64_t i) {
     const int last = min_of((static_cast<int>(i % units.of_row) + 1) * units.heads, a.format.kv_heads);
     return a.out.offsets + i / units.of_row * a.format.kv_heads + last;
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
   if (warp == 0) {
     own = lane_id() < heads ? unit.bytes[lane_id()] : 0;
     end = warp_prefix_sum(own);
-    warp::tell_size(number, std::int64_t{shuffle(end, warp_threads - 1)}, entry);
+    warp::tell_size(number_of_side(), std::int64_t{shuffle(end, warp_threads - 1)}, entry);
   }
   const auto shape_of = [&](int head) {
     return pack_tile{PackSize, dim, bit_length(unit.bits[head] & 0xffu), bit_length(unit.bits[head] >> 8)};
@@ -239,13 +240,13 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
     for (int item = warp; item < heads * groups; item += encode_warps) {
       const int head = item / groups, g = item % groups;
       warp::stage_group<PackSize>(shape_of(head), unit.start[head][g + 1] - unit.start[head][g],
-                                  codes + (head * tile_tokens + g * PackSize) * dim, packs + item * (dim / 4));
+                                  codes + (head * tile_tokens + g * PackSize) * dim, packs_of(item));
     }
   if (warp == 0) {
-    const std::int64_t begin = warp::find_begin(number, std::int64_t{shuffle(end, warp_threads - 1)}, entry);
+    const std::int64_t begin = warp::find_begin(number_of_side(), std::int64_t{shuffle(end, warp_threads - 1)}, entry);
     if (lane_id() == 0) unit.begin = begin;
     if (lane_id() < heads) unit.bytes[lane_id()] = end - own;
-    if (lane_id() < heads - 1) a.out.offsets[first_tile + lane_id() + 1] = begin + end;
+    if (lane_id() < heads - 1) a.out.offsets[unit.first_tile + lane_id() + 1] = begin + end;
   }
   __syncthreads();
 
@@ -257,9 +258,13 @@ __global__ void __launch_bounds__(encode_warps * 32, encode_blocks)
     const std::uint8_t* const from = codes + (head * tile_tokens + g * PackSize) * dim;
     const int start = unit.start[head][g];
     if constexpr (in_place)
-      warp::write_staged_group(shape, g, start, unit.start[head][g + 1] - start, from, packs + item * (dim / 4), tile);
+      warp::write_staged_group(shape, g, start, unit.start[head][g + 1] - start, from, packs_of(item), tile);
     else
-      warp::write_group<PackSize>(shape, g, start, from, packs + item * (dim / 4), stage, tile);
+      warp::write_group<PackSize>(
+          shape, g, start, from, packs_of(item),
+          reinterpret_cast<std::uint32_t*>(codes + units.code_bytes(dim) + units.pack_bytes(dim, PackSize)) +
+              warp * warp::group_stage_words(PackSize),
+          tile);
   }
 }
 
