@@ -17,6 +17,13 @@ using turned = plans<128, pk::hadamard, pk::plan<8, 3, 2, 1>, pk::plan<4, 4, 3, 
 using dim_64 = plans<64, pk::hadamard, pk::plan<8, 4, 3, 1>, pk::plan<8, 3, 2, 1>>;
 using dim_96 = plans<96, pk::hadamard, pk::plan<4, 3, 1>, pk::plan<4, 3, 3, 2, 2, 1>>;
 using eight_bit = plans<128, pk::hadamard, pk::plan<8, 8, 8, 8>, pk::plan<8, 8, 8, 8, 8, 8, 8, 8>>;
+using four_bit = plans<128, pk::hadamard, pk::plan<4, 4, 4, 4>, pk::plan<4, 4, 4, 4, 4, 4, 4, 4>>;
+/// Tiles of values are gathered before they are stored, those of keys are not.
+using gathered_values = plans<64, pk::hadamard, pk::plan<2, 2, 1, 1>, pk::plan<4, 4, 4, 0>>;
+static_assert(pk::warp::tile_encoder<four_bit::key_codec_type, false>::gathers &&
+              pk::warp::tile_encoder<four_bit::value_codec_type, true>::gathers &&
+              !pk::warp::tile_encoder<gathered_values::key_codec_type, false>::gathers &&
+              pk::warp::tile_encoder<gathered_values::value_codec_type, false>::gathers);
 
 static_assert(pk::warp::has_tile_encoder<two_bit::key_codec_type>);
 static_assert(pk::kernel::decompress_warps<two_bit::key_codec_type> == 4);
@@ -127,6 +134,9 @@ TEST_CASE("the tile encoder gives the reference's bytes for hard tokens, and the
     check_encoder<turned>(random);
     check_encoder<dim_64>(random);
     check_encoder<dim_96>(random);
+    check_encoder<four_bit>(random);
+    check_encoder<eight_bit>(random);
+    check_encoder<gathered_values>(random);
   }
 }
 
@@ -168,12 +178,14 @@ TEST_CASE("a warp that reconstructs several tiles gives the reference's bits") {
   }
 }
 
-TEST_CASE("the tile encoder gives the reference's bytes for tiles out of a ring") {
-  random_source random(8200);
+namespace {
+
+template <class Format>
+void check_tiles_of_ring(random_source& random) {
   for (const pk::dtype type : {pk::dtype::float16, pk::dtype::bfloat16}) {
     cache_shape shape;
     shape.batch = 2, shape.kv_heads = 2, shape.max_tokens = 100, shape.tiles_per_page = 2, shape.type = type;
-    auto cache = hard_cache<two_bit>(random, shape);
+    auto cache = hard_cache<Format>(random, shape);
     const std::vector<pk::tile_move> moves = {{0, 1, 70},  {64, 0, 36}, {-1, 0, 0},
                                               {128, 0, 0}, {192, 5, 0}, {129, 0, 0}};
     const device_array<pk::tile_move> device_moves(moves);
@@ -189,6 +201,14 @@ TEST_CASE("the tile encoder gives the reference's bytes for tiles out of a ring"
     CHECK(cache.gpu_report().flags == cache.report.flags);
     CHECK((cache.report.flags & pk::report_ring_row_out_of_range) != 0);
   }
+}
+
+}  // namespace
+
+TEST_CASE("the tile encoder gives the reference's bytes for tiles out of a ring") {
+  random_source random(8200);
+  check_tiles_of_ring<two_bit>(random);
+  check_tiles_of_ring<gathered_values>(random);
 }
 
 TEST_CASE("a tensor that the tile encoder does not take gives the same bytes") {

@@ -2,13 +2,16 @@
 // store_tokens beside the reference, for any cache.
 #pragma once
 
+#include <algorithm>
+
 #include "../support/catch.hpp"
 #include "test_cache.hpp"
 
 namespace packkv_test {
 
 /// Stores the tokens of a cache of one sequence one by one into pages of garbage, beside the reference: some are left
-/// out, one lies beyond the pages, and every fifth is first stored with another token's data, then overwritten.
+/// out, one lies beyond the pages, one at their beginning, and every fifth is first stored with another token's data,
+/// then overwritten.
 template <class Format>
 void check_stored_tokens(random_source& random, test_cache<Format>& cache) {
   const std::int64_t page_tokens = 64 * cache.shape.tiles_per_page;
@@ -17,6 +20,7 @@ void check_stored_tokens(random_source& random, test_cache<Format>& cache) {
     slots.push_back(
         random.one_in(7) ? -1 : cache.table[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
   slots[0] = static_cast<std::int64_t>(cache.host_pages().num_pages) * page_tokens;
+  if (slots.size() > 1 && std::find(slots.begin(), slots.end(), 0) == slots.end()) slots[1] = 0;
   std::vector<std::int64_t> wrong_first(slots);
   for (std::size_t t = 1; t + 1 < slots.size(); t += 5) std::swap(wrong_first[t], wrong_first[t + 1]);
   for (const auto& order : {wrong_first, slots}) {
