@@ -62,17 +62,17 @@ class plan_words {
   }
   /// Loads the words that store_neighbours changes, which others may change meanwhile.
   __device__ void load_neighbours() {
-    for_neighbours([&](int channel, auto number, int) {
+    for_neighbours([&](int channel, auto word, int) {
       for_fields(channel, [&](auto, const bit_field& field, auto plane) {
-        loaded_[planes * decltype(number)::value + decltype(plane)::value] = words_.load(field.word);
+        loaded_[planes * decltype(word)::value + decltype(plane)::value] = words_.load(field.word);
       });
     });
   }
   /// Stores them.
   __device__ void store_neighbours(std::uint32_t traded) const {
-    for_neighbours([&](int channel, auto number, int shift) {
+    for_neighbours([&](int channel, auto word, int shift) {
       for_fields(channel, [&](auto bits, const bit_field& field, auto plane) {
-        constexpr int n = planes * decltype(number)::value + decltype(plane)::value;
+        constexpr int n = planes * decltype(word)::value + decltype(plane)::value;
         words_.replace(write_of<decltype(bits)::value>(field, traded >> (shift + 2 * decltype(plane)::value)),
                        loaded_[n]);
       });
