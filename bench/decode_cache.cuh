@@ -146,7 +146,9 @@ class decode_cache {
   std::int64_t tokens() const { return std::accumulate(lengths.begin(), lengths.end(), std::int64_t{0}); }
   std::int64_t values() const { return 2 * tokens() * of.kv_heads * dim; }  ///< K and V of all tokens
   std::int64_t queries_count() const { return std::int64_t{of.batch} * of.query_len * heads() * dim; }
-  std::int64_t copy_stride() const { return (copy_bytes + 255) / 256 * 256; }
+  /// All copies together are a pool of such pages, too, of which a copy begins at one.
+  std::int64_t page_bytes() const { return std::int64_t{of.kv_heads} * (key_bytes + value_bytes); }
+  std::int64_t copy_stride() const { return (copy_bytes + page_bytes() - 1) / page_bytes() * page_bytes(); }
   int ring_capacity() const { return ring_window + of.query_len - 1; }
   const std::uint8_t* pool() const { return pool_.data(); }
   const std::uint16_t* queries() const { return queries_.data(); }

@@ -5,9 +5,10 @@
 //   build/test/bench/encode [--benchmark_filter=compress/two_bit]
 // Names: <call>/<format>/<case>; b8_32k: 8 sequences of 32,768 tokens, 8 KV heads. K and V are one call. TB/s: 16-bit
 // bytes over time; bytes of codes come on top. step: store_tokens and decode_attention, beside decode_attention alone.
-// step_side: store_tokens in another stream, step_behind: behind decode_attention and beside its end;
-// decode_attention need not wait for it then, since its ring has the new tokens. layer, layer_side and layer_behind:
-// the same, and before both a kernel that stands for the one that makes queries and new tokens.
+// step_side: store_tokens in another stream, step_behind: behind decode_attention and beside its end, step_together: of
+// 24 layers in one call behind the last; decode_attention need not wait for it then, since its ring has the new tokens.
+// layer, layer_side, layer_behind and layer_together: the same, and before both a kernel that stands for the one that
+// makes queries and new tokens.
 #include "decode_checks.cuh"
 #include "program.cuh"
 
@@ -163,11 +164,11 @@ class new_tokens {
     require(cudaMemcpy(slots_.data(), all.data(), all.size() * 8, cudaMemcpyHostToDevice));
   }
   const std::uint16_t* data() const { return data_.data(); }
-  /// A kernel that writes the tokens of a step and these queries, as they are.
-  void make(int step, const std::uint16_t* queries, std::int64_t count, cudaStream_t stream) const {
+  /// A kernel that writes part number `part` of all tokens, of `parts`, and these queries, as they are.
+  void make(int part, int parts, const std::uint16_t* queries, std::int64_t count, cudaStream_t stream) const {
     const auto words = [](const std::uint16_t* p) { return reinterpret_cast<uint4*>(const_cast<std::uint16_t*>(p)); };
-    pass_through<<<program.sms, 256, 0, stream>>>(words(queries), count / 8, words(data_.data() + 2 * values * step),
-                                                  2 * values / 8);
+    const std::int64_t n = 2 * values * steps / parts;
+    pass_through<<<program.sms, 256, 0, stream>>>(words(queries), count / 8, words(data_.data() + n * part), n / 8);
     require(cudaGetLastError());
   }
   template <class Format>
@@ -275,8 +276,8 @@ class side_stream {
 };
 
 /// Where store_tokens is called: before decode_attention, in a stream of its own, which is waited for at the end of a
-/// graph, or behind decode_attention, beside which it may begin.
-enum class place { first, other_stream, behind };
+/// graph, or behind decode_attention, beside which it may begin; or once for the layers of a graph, behind the last.
+enum class place { first, other_stream, behind, together };
 
 /// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, and
 /// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Made:
@@ -286,24 +287,30 @@ measured measure_step(int count, bool made, place at) {
   decode_case c;
   c.batch = count, c.tokens = 4096;
   timing::stopwatch& watch = *program.watch;
-  const decode_cache<Format> cache(c, storage::full);
-  const auto slot = [&](int, int i) {  // of the last token
-    return std::int64_t{cache.table[static_cast<std::size_t>((i + 1) * cache.row_tiles - 1)]} * 64 + 63;
+  const bool together = at == place::together;
+  const decode_cache<Format> cache(c, storage::full, together ? timing::launches_of_graph : 0);
+  const auto slot = [&](int, int i) {  // of the last token; together: of sequence i % count in copy i / count
+    const std::int64_t page = cache.table[static_cast<std::size_t>((i % count + 1) * cache.row_tiles - 1)];
+    return (page + i / count * (cache.copy_stride() / cache.page_bytes())) * 64 + 63;
   };
-  const new_tokens tokens(cache.copies, count, slot);
+  const new_tokens tokens(together ? 1 : cache.copies, together ? cache.copies * count : count, slot);
+  pk::pages_view of_all = cache.view(0).pages;
+  of_all.num_pages = static_cast<std::int32_t>(cache.copies * (cache.copy_stride() / cache.page_bytes()));
   side_stream side;
   const auto make = [&](int i) {
-    if (made) tokens.make(i, cache.queries(), cache.queries_count(), watch.stream());
+    if (made) tokens.make(i, cache.copies, cache.queries(), cache.queries_count(), watch.stream());
   };
   timing::timed_call both(watch, cache.copies, [&](int i) {
     make(i);
     const auto store = [&](cudaStream_t stream, bool beside_previous) {
-      tokens.store<Format>(i, cache.parameters, cache.view(i).pages, stream, beside_previous);
+      tokens.store<Format>(together ? 0 : i, cache.parameters, together ? of_all : cache.view(i).pages, stream,
+                           beside_previous);
     };
     if (at == place::other_stream) side.follow(watch.stream());
-    if (at != place::behind) store(at == place::other_stream ? side.stream() : watch.stream(), false);
+    if (at == place::first || at == place::other_stream)
+      store(at == place::other_stream ? side.stream() : watch.stream(), false);
     cache.decode(i, watch.stream());
-    if (at == place::behind) store(watch.stream(), true);
+    if (at == place::behind || (together && i == cache.copies - 1)) store(watch.stream(), true);
     if (at == place::other_stream) side.join_at_end(watch.stream());
   });
   timing::timed_call alone(watch, cache.copies, [&](int i) {
@@ -343,9 +350,11 @@ void add_format(const std::string& format) {
     for (const auto& [name, made, at] : {std::tuple{"step/", false, place::first},
                                          {"step_side/", false, place::other_stream},
                                          {"step_behind/", false, place::behind},
+                                         {"step_together/", false, place::together},
                                          {"layer/", true, place::first},
                                          {"layer_side/", true, place::other_stream},
-                                         {"layer_behind/", true, place::behind}})
+                                         {"layer_behind/", true, place::behind},
+                                         {"layer_together/", true, place::together}})
       add(name + format + "/" + std::to_string(count),
           [count, made = made, at = at] { return measure_step<Format>(count, made, at); });
 }

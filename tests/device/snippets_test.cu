@@ -276,7 +276,77 @@ pk::status step(engine& e, const pk::cache_view& cache, bool attend_first = fals
   return s;
 }
 
+constexpr int layers = 3;
+
+/// Of one layer, in pages that hold all of them.
+pk::pages_view layer_pages(std::uint8_t* pool, int layer) {
+  // [layers]
+  // A page holds the layers one behind the other, for each KV head of a layer a K tile and then a V tile.
+  constexpr std::int64_t head_bytes = format::key_tile_bytes + format::value_tile_bytes;
+  pk::pages_view pages;
+  pages.key_data = pool + layer * kv_heads * head_bytes;
+  pages.value_data = pool + layer * kv_heads * head_bytes + format::key_tile_bytes;
+  pages.key_head_stride = pages.value_head_stride = head_bytes;
+  pages.key_page_stride = pages.value_page_stride = layers * kv_heads * head_bytes;
+  pages.num_pages = num_pages;
+  pages.kv_heads = kv_heads;
+  pages.tiles_per_page = 1;
+  // [layers]
+  return pages;
+}
+
+/// `tokens` new tokens of all layers.
+pk::status store_together(std::uint8_t* pool, const std::uint16_t* new_keys, const std::uint16_t* new_values,
+                          const std::int64_t* slots, int tokens, const pk::parameters<format>& parameters,
+                          const pk::exec& exec) {
+  // [together]
+  // To store_tokens the KV heads of all layers are those of one.
+  const auto keys = pk::make_input(new_keys, pk::dtype::float16, {tokens, layers * kv_heads, head_dim});
+  const auto values = pk::make_input(new_values, pk::dtype::float16, {tokens, layers * kv_heads, head_dim});
+  pk::pages_view pages = layer_pages(pool, 0);
+  pages.kv_heads = layers * kv_heads;  // of parameters, too: [layers * kv_heads, 128, 128], [layers * kv_heads, 1]
+  const pk::status s = pk::store_tokens(keys, values, slots, parameters, pages, exec);
+  // [together]
+  return s;
+}
+
 }  // namespace
+
+TEST_CASE("documentation: the tokens of all layers are stored in one call") {
+  random_source random(12);
+  const std::vector<std::int64_t> slots = {3 * 64 + 17, 5 * 64 + 63, 64};
+  const int tokens = static_cast<int>(slots.size());
+  constexpr std::size_t row = layers * kv_heads * head_dim;  // of a token
+  const auto keys = random_halves(random, slots.size() * row), values = random_halves(random, slots.size() * row);
+  std::vector<float> basis, inverse;
+  for (int h = 0; h < layers * kv_heads; ++h) append_basis(random, head_dim, basis, inverse);
+  std::vector<float> leading;
+  for (int h = 0; h < layers * kv_heads; ++h) leading.push_back(0.02f + 0.01f * static_cast<float>(h));
+  std::vector<std::uint8_t> expected(static_cast<std::size_t>(layers * pool_bytes), 0xff);
+  const device_array<std::uint16_t> device_keys(keys), device_values(values);
+  const device_array<std::int64_t> device_slots(slots);
+  const device_array<float> device_basis(basis), device_inverse(inverse), device_leading(leading);
+  device_array<std::uint8_t> pool(expected);
+  engine::require(store_together(pool.data(), device_keys.data(), device_values.data(), device_slots.data(), tokens,
+                                 parameters_of(device_basis.data(), device_inverse.data(), device_leading.data()),
+                                 pk::exec{}));
+  for (int layer = 0; layer < layers; ++layer) {  // layer by layer on the host
+    const auto of_layer = [&](const std::vector<std::uint16_t>& x) {
+      pk::input_view<3> in =
+          pk::make_input(x.data() + layer * kv_heads * head_dim, pk::dtype::float16, {tokens, kv_heads, head_dim});
+      in.stride[0] = 2 * row;
+      return in;
+    };
+    const std::ptrdiff_t matrices = layer * kv_heads * head_dim * head_dim;
+    pk::device_report report{};
+    engine::require(pk::reference::store_tokens(
+        of_layer(keys), of_layer(values), slots.data(),
+        parameters_of(basis.data() + matrices, inverse.data() + matrices, leading.data() + layer * kv_heads),
+        layer_pages(expected.data(), layer), report));
+    CHECK(report.flags == 0);
+  }
+  CHECK(pool.host() == expected);
+}
 
 TEST_CASE("documentation: a prompt is compressed, a token stored, and attention computed on the pages") {
   engine e;

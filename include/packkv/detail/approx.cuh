@@ -130,6 +130,16 @@ __device__ inline std::uint32_t larger_halves(std::uint32_t a, std::uint32_t b) 
   return y;
 #endif
 }
+/// A register as it is, for what does not matter.
+__device__ inline std::uint32_t anything() {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return 0;
+#else
+  std::uint32_t x;
+  asm("" : "=r"(x));
+  return x;
+#endif
+}
 /// Whether a half of `a` is greater than its half of `b`; NaN is not.
 __device__ inline bool any_half_above(std::uint32_t a, std::uint32_t b) {
 #if defined(PACKKV_SIMT_EXECUTOR)

@@ -135,25 +135,34 @@ class fused_block {
     int tile;
     const std::uint8_t *key_data, *value_data;
     while (stream_.next(tile, key_data, value_data)) {
-      float s[warp::tokens_per_lane][lane_rows];
-      keys.compute(key_data, s);
       const int first = tile * tile_tokens;
-      if (__builtin_expect(changed, 0))
-        for_constants<warp::tokens_per_lane>([&](auto index) {
-          constexpr int k = decltype(index)::value;
-          for (int i = 0; i < lane_rows; ++i)
-            s[k][i] = unit_.shape(a_.call, variant_, s[k][i], scores::columns::row(i), first + 8 * k + lane_id() / 4);
-        });
-      std::uint32_t hidden = 0;
-      if (__builtin_expect(first < ranges.all.begin || first + tile_tokens > ranges.all.end, 0))
-        for (int k = 0; k < warp::tokens_per_lane; ++k)
-          for (int i = 0; i < lane_rows; ++i)
-            if (!unit_.sees(scores::columns::row(i), first + 8 * k + lane_id() / 4))
-              hidden |= 1u << (lane_rows * k + i);
-      sum.add(value_data, s, hidden);
+      const bool masked = first < ranges.all.begin || first + tile_tokens > ranges.all.end;
+      float s[warp::tokens_per_lane][lane_rows];
+      keys.compute(key_data, sum.reference(), s);
+      if (__builtin_expect(changed, 0)) change_scores(first, sum.reference(), s);
+      sum.add(value_data, s, __builtin_expect(masked, 0) ? hidden(first) : 0u);
       stream_.release();
     }
     store_part(sum);
+  }
+
+  /// Changes the scores of the tile that begins with token `first`, which are and will be less by `less`.
+  __device__ void change_scores(int first, const float (&less)[lane_rows],
+                                float (&s)[warp::tokens_per_lane][lane_rows]) const {
+    for (int k = 0; k < warp::tokens_per_lane; ++k)
+      for (int i = 0; i < lane_rows; ++i)
+        s[k][i] = unit_.shape(a_.call, variant_, s[k][i] + less[i], scores::columns::row(i),
+                              first + 8 * k + detail::lane_id() / 4) -
+                  less[i];
+  }
+  /// What the lane's rows do not see of the tile that begins with token `first`; see plan_output::add.
+  __device__ std::uint32_t hidden(int first) const {
+    std::uint32_t bits = 0;
+    for (int k = 0; k < warp::tokens_per_lane; ++k)
+      for (int i = 0; i < lane_rows; ++i)
+        if (!unit_.sees(scores::columns::row(i), first + 8 * k + detail::lane_id() / 4))
+          bits |= 1u << (lane_rows * k + i);
+    return bits;
   }
 
   __device__ void store_part(const output& sum) {

@@ -117,7 +117,8 @@ class key_gemv_block {
       while (stream.next(tile)) {
         float s[warp::tokens_per_lane][scores::lane_rows];
         if (tile.has_page) {
-          keys.compute(tile.data, s);
+          constexpr float nothing[scores::lane_rows] = {};
+          keys.compute(tile.data, nothing, s);
         } else {
           for (auto& token : s)
             for (float& x : token) x = -infinity();

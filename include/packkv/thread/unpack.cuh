@@ -65,13 +65,15 @@ struct key_plane {
   template <int RowTile, int Half>
   static constexpr int place = packkv::detail::key_field(Bits, 0, StripChannels, 16 * RowTile, 16 * Half).bit;
 
-  /// The same register with the codes where they lie in their bytes: code * 2^place, without a shift.
-  template <int RowTile, int Reg>
+  /// The same register with the codes where they lie in their bytes: code * 2^place, without a shift, or with one that
+  /// all registers of a word share: code * 2^(place - Shift).
+  template <int RowTile, int Reg, int Shift = 0>
   __device__ static std::uint32_t in_place(const std::uint32_t (&w)[words]) {
     constexpr int token = 16 * RowTile + 8 * (Reg % 2), channel = 16 * (Reg / 2);
     constexpr bit_field f = detail::own_field(packkv::detail::key_field(Bits, 0, StripChannels, token, channel), words);
     static_assert(f.bit == place<RowTile, Reg / 2>, "both rows' codes lie at the same bit");
-    return w[f.word] & 0x01010101u * ((1u << Bits) - 1) << f.bit;
+    static_assert(f.bit >= Shift, "codes stay in their bytes");
+    return w[f.word] >> Shift & 0x01010101u * ((1u << Bits) - 1) << (f.bit - Shift);
   }
 };
 

@@ -72,9 +72,10 @@ class grouped_key_scores {
     }
   }
 
-  /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i. Slots that hold no token give arbitrary values,
-  /// NaN included. All lanes take part.
-  __device__ void compute(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
+  /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i, less less[i]. Slots that hold no token give
+  /// arbitrary values, NaN included. All lanes take part.
+  __device__ void compute(const std::uint8_t* tile, const float (&less)[lane_rows],
+                          float (&s)[tokens_per_lane][lane_rows]) const {
     float sum[4][columns::products][4] = {};              // of 16 tokens each: codes times steps times queries
     float minimum[halves][groups][columns::blocks] = {};  // of a quarter of the lane's column: minima times queries
     detail::for_constants<spec.strips.count>([&](auto index) {
@@ -89,7 +90,8 @@ class grouped_key_scores {
         add_channels<strip, decltype(half)::value>(tile, words, odd, sum, minimum[decltype(half)::value]);
       });
     });
-    float least[groups][lane_rows];
+    float least[groups][lane_rows], base[lane_rows];
+    for (int i = 0; i < lane_rows; ++i) base[i] = offset_[i] - less[i];
     for (int g = 0; g < groups; ++g) {
       for (int n = 0; n < columns::blocks && halves > 1; ++n)
         minimum[0][g][n] = fmaf(minimum[halves - 1][g][n], 1.0f / half_unit, minimum[0][g][n]);
@@ -102,7 +104,7 @@ class grouped_key_scores {
         const int high = columns::paired ? 0 : 2 * (i / 2), low = columns::paired ? 0 : high + 1;
         const int r = 2 * (k % 2) + (columns::paired ? 0 : i % 2);
         const float x = fmaf(sum[t][low][columns::paired ? r + 1 : r], 1.0f / low_unit, sum[t][high][r]);
-        s[k][i] = fmaf(factor_[i], fmaf(x, unit, least[g][i]), offset_[i]);
+        s[k][i] = fmaf(factor_[i], fmaf(x, unit, least[g][i]), base[i]);
       }
     });
   }

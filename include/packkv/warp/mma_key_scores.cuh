@@ -4,7 +4,7 @@
 // a score is exact in the codes and in the rounded query (docs/numerics.md, rules 1 and 2).
 //   using scores = mma_key_scores<Codec, Rows>;   const auto own = scores::head_values::load(head);
 //   scores::prepare(storage, own, source, factor, warp, warps);
-//   __syncthreads();   scores keys(storage);   float s[8][scores::columns::lane_rows];   keys.compute(tile, s);
+//   __syncthreads();   scores keys(storage);   float s[8][scores::columns::lane_rows];   keys.compute(tile, less, s);
 #pragma once
 
 #include <packkv/codec/quantize.hpp>
@@ -125,37 +125,32 @@ class mma_key_scores {
     }
   }
 
-  /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i. Slots that hold no token give arbitrary values,
-  /// NaN included. All lanes take part.
-  __device__ void compute(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {
+  /// s[k][i] = score of token 8 * k + lane / 4 and of the lane's row i, less less[i]. Slots that hold no token give
+  /// arbitrary values, NaN included. All lanes take part.
+  __device__ void compute(const std::uint8_t* tile, const float (&less)[lane_rows],
+                          float (&s)[tokens_per_lane][lane_rows]) const {
     // 16 tokens at a time, so that few sums are alive.
     held_words<0> words;
     words.load(reinterpret_cast<const std::uint32_t*>(tile));
-    float row[tokens_per_lane];
+    float row[tokens_per_lane], base[lane_rows];
     unpack_rows(load_rows(tile + code_bytes), row);
+    for (int i = 0; i < lane_rows; ++i) base[i] = offset_[i] - less[i];
     detail::for_constants<4>([&](auto index) {
       constexpr int t = decltype(index)::value;
       std::int32_t sum[columns::products][4] = {};
-      if constexpr (uniform_width() > 0) {
-        std::int32_t half_sum[2][columns::products][4] = {};
-        detail::for_constants<uniform_strips() / 2>(
-            [&](auto pair) { add_pair<2 * decltype(pair)::value, t>(words, half_sum); });
-        using plane = key_plane<uniform_width()>;
-        constexpr int apart = plane::template place<t, 1> - plane::template place<t, 0>;
-        for (int n = 0; n < columns::products; ++n)
-          for (int r = 0; r < 4; ++r) sum[n][r] = half_sum[0][n][r] * (1 << apart) + half_sum[1][n][r];
-      } else {
+      if constexpr (uniform_width() > 0)
+        add_pairs<t>(words, sum);
+      else
         detail::for_constants<spec.strips.count>([&](auto strip) {
           if constexpr (spec.strips.width[decltype(strip)::value] > 0) add_strip<decltype(strip)::value, t>(words, sum);
         });
-      }
       constexpr float unit = 1.0f / static_cast<float>(mma_key_scores::template unit_of<t>());
       for (int k = 2 * t; k < 2 * t + 2; ++k)
         for (int i = 0; i < lane_rows; ++i) {
           const int high = columns::paired ? 0 : 2 * (i / 2), low = columns::paired ? 0 : high + 1;
           const int r = 2 * (k % 2) + (columns::paired ? 0 : i % 2);
           const float x = joined(sum[high][r], sum[low][columns::paired ? r + 1 : r]);
-          s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), offset_[i]);
+          s[k][i] = fmaf(row[k], fmaf(factor_[i] * unit, x, -middle_[i]), base[i]);
         }
     });
     if constexpr (spec.leading > 0) add_leading(tile, s);
@@ -177,8 +172,9 @@ class mma_key_scores {
   /// Largest rounded query: its high byte is at most 127.
   static constexpr float query_max = 32512.0f;
 
-  /// Where all strips that are stored have the same width and come in pairs, codes need no shift: a product has the
-  /// first 16 channels of two strips, another the last 16, and what they lie apart is made up for in the sums.
+  /// Where all strips that are stored have the same width and come in pairs, hardly a code is shifted: a product has
+  /// the first 16 channels of two strips, another the last 16. What these lie apart is made up for in the sums or,
+  /// where that takes more instructions, by a shift of each word.
   PACKKV_HOST_DEVICE static constexpr int uniform_strips() {
     int count = 0;
     for (int i = 0; i < spec.strips.count; ++i) count += spec.strips.width[i] > 0 ? 1 : 0;
@@ -193,12 +189,19 @@ class mma_key_scores {
   }
   template <int Width>
   using key_plane = thread::key_plane<Width, 32>;
+  /// Bits from the last 16 channels of a strip to the first.
+  template <int Width>
+  static constexpr int halves_apart = key_plane<Width>::template place<0, 1> - key_plane<Width>::template place<0, 0>;
+  PACKKV_HOST_DEVICE static constexpr bool shifts_words() {
+    return 2 * uniform_width() * uniform_strips() < 16 * columns::products;
+  }
 
   /// What a sum of row tile t is too large by.
   template <int RowTile>
   PACKKV_HOST_DEVICE static constexpr int unit_of() {
+    constexpr int half = shifts_words() ? 0 : 1;
     if constexpr (uniform_width() > 0)
-      return 1 << key_plane<uniform_width()>::template place<RowTile, 1>;
+      return 1 << key_plane<uniform_width()>::template place<RowTile, half>;
     else
       return 1;
   }
@@ -240,22 +243,39 @@ class mma_key_scores {
     for (int n = 0; n < columns::products; ++n) detail::mma_u8s8(sum[n], a, query_[Strip][n]);
   }
 
-  /// The same for strips Strip and Strip + 1, sums[h] with the channels 16 * h + 0..15 of both.
-  template <int Strip, int RowTile>
-  __device__ void add_pair(const held_words<Strip>& words, std::int32_t (&sum)[2][columns::products][4]) const {
+  /// The same for all strips, where they have the same width.
+  template <int RowTile>
+  __device__ void add_pairs(const held_words<0>& words, std::int32_t (&sum)[columns::products][4]) const {
+    constexpr int pairs = uniform_strips() / 2, apart = halves_apart<uniform_width()>;
+    if constexpr (shifts_words()) {
+      detail::for_constants<pairs>([&](auto pair) {
+        add_half<2 * decltype(pair)::value, RowTile, 0, 0>(words, sum);
+        add_half<2 * decltype(pair)::value, RowTile, 1, apart>(words, sum);
+      });
+    } else {
+      std::int32_t first[columns::products][4] = {};
+      detail::for_constants<pairs>([&](auto pair) {
+        add_half<2 * decltype(pair)::value, RowTile, 0, 0>(words, first);
+        add_half<2 * decltype(pair)::value, RowTile, 1, 0>(words, sum);
+      });
+      for (int n = 0; n < columns::products; ++n)
+        for (int r = 0; r < 4; ++r) sum[n][r] += first[n][r] * (1 << apart);
+    }
+  }
+  /// The products of the channels 16 * Half + 0..15 of the strips Strip and Strip + 1, of words shifted to the right.
+  template <int Strip, int RowTile, int Half, int Shift>
+  __device__ void add_half(const held_words<Strip>& words, std::int32_t (&sum)[columns::products][4]) const {
     using plane = key_plane<uniform_width()>;
     const held_words<Strip + 1>& next = words;
     const auto &first = words.own.low_words, &second = next.own.low_words;
-    detail::for_constants<2>([&](auto index) {
-      constexpr int half = decltype(index)::value;
-      const std::uint32_t a[4] = {
-          plane::template in_place<RowTile, 2 * half>(first), plane::template in_place<RowTile, 2 * half + 1>(first),
-          plane::template in_place<RowTile, 2 * half>(second), plane::template in_place<RowTile, 2 * half + 1>(second)};
-      for (int n = 0; n < columns::products; ++n) {
-        const std::uint32_t b[2] = {query_[Strip][n][half], query_[Strip + 1][n][half]};
-        detail::mma_u8s8(sum[half][n], a, b);
-      }
-    });
+    const std::uint32_t a[4] = {plane::template in_place<RowTile, 2 * Half, Shift>(first),
+                                plane::template in_place<RowTile, 2 * Half + 1, Shift>(first),
+                                plane::template in_place<RowTile, 2 * Half, Shift>(second),
+                                plane::template in_place<RowTile, 2 * Half + 1, Shift>(second)};
+    for (int n = 0; n < columns::products; ++n) {
+      const std::uint32_t b[2] = {query_[Strip][n][Half], query_[Strip + 1][n][Half]};
+      detail::mma_u8s8(sum[n], a, b);
+    }
   }
 
   __device__ void add_leading(const std::uint8_t* tile, float (&s)[tokens_per_lane][lane_rows]) const {

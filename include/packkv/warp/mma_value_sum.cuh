@@ -81,10 +81,22 @@ PACKKV_HOST_DEVICE constexpr int before(const strip_layout& s, int pass) {
     if (exists(s, i)) return i;
   return -1;
 }
+/// The first pass that has strips, or 0.
+PACKKV_HOST_DEVICE constexpr int first(const strip_layout& s) {
+  for (int i = 0; i < count; ++i)
+    if (exists(s, i)) return i;
+  return 0;
+}
 /// Power of two by which weights of the tokens 8 * k on must shrink in a pass.
 PACKKV_HOST_DEVICE constexpr int fold(int pass, int k) {
   const value_pass p = of(pass);
   return detail::value_field(p.bits, 0, 8 * k, 0).bit - p.weight;
+}
+/// The largest of a pass.
+PACKKV_HOST_DEVICE constexpr int largest_fold(int pass) {
+  int largest = 0;
+  for (int k = 0; k < 8; ++k) largest = max_of(largest, fold(pass, k));
+  return largest;
 }
 /// 2^exponent.
 PACKKV_HOST_DEVICE constexpr float power_of_two(int exponent) {
@@ -113,7 +125,10 @@ class mma_value_sum {
   static constexpr int power = passes::exists(spec.strips, 3) ? 5 : 7;
   static_assert(headroom + power + (passes::exists(spec.strips, 3) ? 2 : 0) <= 15, "weights stay below 2^15");
   /// Fold of the first pass, for the tokens 8 * k on.
-  PACKKV_HOST_DEVICE static constexpr int first_fold(int k) { return passes::fold(first_pass(), k); }
+  PACKKV_HOST_DEVICE static constexpr int first_fold(int k) { return passes::fold(passes::first(spec.strips), k); }
+  /// Where weights and row scales become halves before they are multiplied, both have a part of it: weights are
+  /// multiplied by 2^weight_power, row scales by 2^(lift - first_fold(k)).
+  static constexpr int lift = (passes::largest_fold(passes::first(spec.strips)) + 1) / 2, weight_power = power - lift;
 
   __device__ mma_value_sum() {
     for (int d = 0; d < strips; ++d)
@@ -192,11 +207,6 @@ class mma_value_sum {
 
  private:
   static constexpr int strips = spec.strips.count;
-  PACKKV_HOST_DEVICE static constexpr int first_pass() {
-    for (int i = 0; i < passes::count; ++i)
-      if (passes::exists(spec.strips, i)) return i;
-    return 0;
-  }
 
   /// What a sum of codes of a strip is; channels without codes are 0, or NaN like the others.
   template <int Strip>
@@ -248,6 +258,45 @@ class mma_value_sum {
   }
 
   float sum_[strips][columns::blocks][4];
+};
+
+/// What the operands of an mma_value_sum add up to: weights times 2^Sum::power.
+template <class Sum, int Rows>
+class operand_total {
+ public:
+  using columns = score_columns<Rows>;
+  static_assert(!columns::spread, "rows have columns of their own");
+  static constexpr int lane_rows = columns::lane_rows;
+
+  /// Adds an operand, which comes with the fold of the first pass. All lanes take part.
+  __device__ void add(const value_operand<Rows>& p) {
+    detail::for_constants<4>([&](auto index) {
+      constexpr int t = decltype(index)::value;
+      // 8 of the 16 rows are enough, and what the others have costs no instruction.
+      const std::uint32_t a[4] = {unfold<2 * t>(), detail::anything(), unfold<2 * t + 1>(), detail::anything()};
+      for (int n = 0; n < columns::blocks; ++n) detail::mma_f16(sum_[n], a, p.b[t][n]);
+    });
+  }
+  /// Multiplies what the lane's rows have.
+  __device__ void rescale(const float (&factor)[lane_rows]) {
+    for (int n = 0; n < columns::blocks; ++n)
+      for (int r = 0; r < 2; ++r) sum_[n][r] *= factor[columns::paired ? 0 : 2 * n + r];
+  }
+  /// total[i]: of the lane's row i; the same in all lanes that have the row.
+  __device__ void get(float (&total)[lane_rows]) const {
+    constexpr float unit = passes::power_of_two(-Sum::power);
+    for (int i = 0; i < lane_rows; ++i)
+      total[i] = unit * (columns::paired ? sum_[0][0] + sum_[0][1] : sum_[i / 2][i % 2]);
+  }
+
+ private:
+  /// What brings the weights of the tokens 8 * K on to one unit, for both halves.
+  template <int K>
+  __device__ static std::uint32_t unfold() {
+    return (15u + static_cast<std::uint32_t>(Sum::first_fold(K))) * 0x04000400u;
+  }
+
+  float sum_[columns::blocks][4] = {};
 };
 
 }  // namespace packkv::warp
