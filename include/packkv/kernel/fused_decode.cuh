@@ -155,7 +155,7 @@ class fused_block {
                               first + 8 * k + detail::lane_id() / 4) -
                   less[i];
   }
-  /// What the lane's rows do not see of the tile that begins with token `first`; see plan_output::add.
+  /// What the lane's rows do not see of the tile that begins with token `first`; see grouped_output::add.
   __device__ std::uint32_t hidden(int first) const {
     std::uint32_t bits = 0;
     for (int k = 0; k < warp::tokens_per_lane; ++k)

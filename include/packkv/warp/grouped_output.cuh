@@ -2,8 +2,8 @@
 // Softmax and weighted sums of tiles whose values are grouped along channels, for up to 16 query rows.
 // One idea: a group's step belongs to a token, so weights times ranges are the operand of the group's channels; where
 // the middles of the ranges lie is summed beside, from the rounded operand as well (docs/numerics.md, rule 4).
-//   grouped_output<Codec, Rows> output;   keys.compute(key_tile, output.reference(), s);   output.add(tile, s,
-//   hidden); output.finish(maximum, total, sink);
+//   grouped_output<Codec, Rows> output;   keys.compute(key_tile, output.reference(), s);
+//   output.add(tile, s, hidden);   output.finish(maximum, total, sink);
 #pragma once
 
 #include <packkv/warp/lane_numbers.cuh>
@@ -26,9 +26,9 @@ class grouped_output : public lazy_softmax<mma_value_sum<Codec, Rows>, Rows> {
       for (float& x : group) x = 0.0f;
   }
 
-  /// Adds one of columns::parts of a tile with the scores s (base 2), which are less by reference() and become weights.
-  /// Bit lane_rows * k + i of `hidden` is set where the lane's row i does not
-  /// see its token k; what such a token holds, NaN included, does not reach the row. All lanes take part.
+  /// Adds a tile with the scores s (base 2), which are less by reference() and become weights. Bit lane_rows * k + i of
+  /// `hidden` is set where the lane's row i does not see its token k; what such a token holds, NaN included, does not
+  /// reach the row. All lanes take part.
   __device__ void add(const std::uint8_t* tile, scores& s, std::uint32_t hidden) {
     using namespace packkv::detail;
     const std::uint32_t dropped = hidden != 0 ? hide(hidden, tile, s) : 0u;

@@ -3,7 +3,9 @@
 // One idea: weights are relative to a maximum that may lag behind, so sums are rescaled only when a weight, or a weight
 // times the row scale of its value, would leave the range of a half (docs/numerics.md, rules 3 and 4). Scores come less
 // that maximum, which costs nothing where they are made.
-//   keys.compute(tile, softmax.reference(), s);   if (softmax.rises(s)) softmax.raise(s, factor);   softmax.weigh(s);
+// For classes that are one and have sums of values, too:
+//   keys.compute(key_tile, output.reference(), s);   output.add(value_tile, s, hidden), in which
+//   if (__any_sync(all_lanes, this->rises(s))) this->raise_maxima(s, factor);   this->weigh(s);
 #pragma once
 
 #include <packkv/warp/mma_value_sum.cuh>
@@ -81,8 +83,8 @@ class lazy_softmax {
     using namespace packkv::detail;
     row = fmaxf(row, 0.0f);
     for (int m = 4; m < warp_threads; m *= 2) row = fmaxf(row, shuffle_xor(row, m));
-    // 2^-e for the smallest e for which no row scale exceeds 2^e, within a range that leaves room for row_unit's folds,
-    // and no larger than before.
+    // 2^-e for the smallest e for which no row scale exceeds 2^e, within a range that leaves room for row_factor's
+    // folds, and no larger than before.
     const int e = static_cast<int>((bit_cast<std::uint32_t>(row) + 0x7fffffu) >> 23) - 127;
     const float before = unpack_halves(row_factor_).low;
     const float after =

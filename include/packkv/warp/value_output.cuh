@@ -2,8 +2,8 @@
 // Softmax and weighted sums of coded tiles together: what a warp of the decode kernel has of its rows.
 // One idea: what the operand of weights times row scales adds up to is a product of it with powers of two, so that what
 // tensor cores cut off is cut off here, too.
-//   value_output_of<Codec, Rows> output;   keys.compute(key_tile, output.reference(), s);   output.add(tile, s,
-//   hidden); output.finish(maximum, weights, sink);
+//   value_output_of<Codec, Rows> output;   keys.compute(key_tile, output.reference(), s);
+//   output.add(tile, s, hidden);   output.finish(maximum, weights, sink);
 #pragma once
 
 #include <packkv/warp/grouped_output.cuh>
