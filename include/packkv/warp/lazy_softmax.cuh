@@ -16,7 +16,9 @@ namespace packkv::warp {
 template <class Sum, int Rows>
 class lazy_softmax {
  public:
+  /// Rows of a lane.
   static constexpr int lane_rows = score_columns<Rows>::lane_rows;
+  /// A lane's scores of a tile: of its token k and its row i.
   using scores = float[tokens_per_lane][lane_rows];
 
   /// What scores of the lane's rows must be less by when they come here.

@@ -260,7 +260,7 @@ class mma_value_sum {
   float sum_[strips][columns::blocks][4];
 };
 
-/// What the operands of an mma_value_sum add up to: weights times 2^Sum::power.
+/// What the operands of Sum, an mma_value_sum, add up to.
 template <class Sum, int Rows>
 class operand_total {
  public:
