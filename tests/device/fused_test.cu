@@ -218,6 +218,50 @@ TEST_CASE("fused decode: outputs take the queries' type and any strides, and the
   }
 }
 
+namespace {
+
+/// Hides the keys before a position, another one for every third query head.
+struct hide_before {
+  static constexpr bool active = true;
+  int first[3];
+  __device__ float operator()(float score, int head, std::int64_t, std::int64_t key) const {
+    return key < first[head % 3] ? -pk::detail::infinity() : score;
+  }
+};
+
+}  // namespace
+
+// Whole tiles, the first of each warp among them, have no key that a row sees, while other rows of the same lane do.
+TEST_CASE("fused decode: a variant that hides keys is as padding on the left, for each row") {
+  for (const int group : {4, 8, 16})
+    for (const int splits : {1, 3}) {
+      INFO("group " << group << ", splits " << splits);
+      random_source random(77);
+      constexpr int tokens = 1300;
+      constexpr std::ptrdiff_t dim = two_bit::value_head_dim;
+      test_cache<two_bit> cache(random, cache_shape{1, 1, tokens, 1, pk::dtype::float16}, two_bit{});
+      auto problem = plain_problem(random, cache, group, 1);
+      problem.options.splits = splits;
+      const hide_before variant{{0, 1100, tokens}};  // the last see nothing
+      const auto got =
+          problem.device([&](const auto& q, const std::int32_t* starts, const auto& view, const auto& parameters,
+                             const auto& out, const auto& lse, const auto& options, const pk::exec& e) {
+            return pk::decode_attention(q, starts, view, parameters, out, lse, options, variant, e);
+          });
+      problem.with_kv_begin = true;
+      for (int i = 0; i < 3; ++i) {
+        problem.kv_begin = {variant.first[i]};
+        const auto expected = problem.reference();
+        auto rows = expected;  // of other heads
+        for (int h = i; h < group; h += 3) {
+          std::copy_n(got.out.begin() + h * dim, dim, rows.out.begin() + h * dim);
+          rows.lse[static_cast<std::size_t>(h)] = got.lse[static_cast<std::size_t>(h)];
+        }
+        check_rows<two_bit>(rows, expected);
+      }
+    }
+}
+
 TEST_CASE("fused decode: sequences without tokens, and queries that see nothing, give 0 and -inf") {
   random_source random(8601);
   for (const bool overlays : {false, true}) {
