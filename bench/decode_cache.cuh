@@ -154,10 +154,12 @@ class decode_cache {
   const std::uint16_t* queries() const { return queries_.data(); }
   const std::uint16_t* out() const { return out_.data(); }
 
-  /// One launch on copy i.
-  void decode(int i, cudaStream_t stream) const {
+  /// One launch on copy i; `settled`: exec::settled_cache.
+  void decode(int i, cudaStream_t stream, bool settled = false) const {
+    packkv::exec e = exec(stream);
+    e.settled_cache = settled;
     require(packkv::decode_attention(query_view(), query_begin_.data(), view(i), parameters, output_view(out_.data()),
-                                     {}, options(), exec(stream)));
+                                     {}, options(), e));
   }
   /// The same with the format chosen at run time from a family of compiled ones.
   template <class Family>

@@ -205,17 +205,20 @@ class packed_gemv {
         workspace_bytes_(packkv::value_gemv_workspace_bytes<Format>({1, p.heads, p.heads, 1, p.tokens, 0})),
         workspace_(workspace_bytes_ + 256) {
     random_cache_detail::fill_random<256><<<1024, 256>>>(in_.data(), p.inputs(), 37u);
-    require(packkv::initialize_workspace(exec(nullptr)));
+    require(packkv::initialize_workspace({nullptr, workspace_.data(), static_cast<std::size_t>(workspace_bytes_)}));
     require(cudaDeviceSynchronize());
   }
   static std::int64_t side_bytes(const problem& p) {
     return (p.tokens + 63) / 64 * p.heads * (p.keys() ? Format::key_tile_bytes : Format::value_tile_bytes);
   }
-  void run(int copy, cudaStream_t stream) const {
+  /// `settled`: exec::settled_cache.
+  void run(int copy, cudaStream_t stream, bool settled = false) const {
+    packkv::exec e{stream, workspace_.data(), static_cast<std::size_t>(workspace_bytes_), nullptr};
+    e.settled_cache = settled;
     const auto in = packkv::make_input<3>(in_.data(), packkv::dtype::float16, {1, p_.heads, p_.inputs() / p_.heads});
     const auto out = packkv::make_output<3>(out_.data(), packkv::dtype::float16, {1, p_.heads, p_.row()});
-    require(p_.keys() ? packkv::key_gemv(in, cache_.view(copy), cache_.parameters, 1.0f, out, exec(stream))
-                      : packkv::value_gemv(in, cache_.view(copy), cache_.parameters, out, exec(stream)));
+    require(p_.keys() ? packkv::key_gemv(in, cache_.view(copy), cache_.parameters, 1.0f, out, e)
+                      : packkv::value_gemv(in, cache_.view(copy), cache_.parameters, out, e));
   }
   /// Where this side of copy 0 begins; copies are copy_stride() apart.
   const std::uint8_t* data() const {
@@ -237,7 +240,10 @@ class packed_gemv {
     require(packkv::decompress(v.pages, v.table, nullptr, cache_.parameters, to(0), to(1), packkv::exec{}));
     device_buffer<float> exact(p_.outputs());
     run_plain(p_, in_.data(), {decoded.data() + (p_.keys() ? 0 : values), dim, p_.tokens * dim}, exact.data());
+    run(0, nullptr, true);
+    const auto settled = to_host(out_.data(), p_.outputs());
     run(0, nullptr);
+    checks::require_same(p_.keys() ? "key_gemv" : "value_gemv", settled, to_host(out_.data(), p_.outputs()));
     return checks::require_close(p_.keys() ? "key_gemv" : "value_gemv",
                                  checks::to_float(to_host(out_.data(), p_.outputs())),
                                  to_host(exact.data(), p_.outputs()), p_.row(), checks::query_bound);
@@ -250,9 +256,6 @@ class packed_gemv {
     c.kv_heads = p.heads, c.group = 1, c.tokens = p.tokens;
     return c;
   }
-  packkv::exec exec(cudaStream_t stream) const {
-    return {stream, workspace_.data(), static_cast<std::size_t>(workspace_bytes_), nullptr};
-  }
 
   const problem p_;
   decode_cache<Format> cache_;
@@ -262,9 +265,10 @@ class packed_gemv {
 };
 
 /// Times `ours` beside the read ceiling and the fastest cuBLAS call, once its result has been checked. Ours is like
-/// packed_gemv.
+/// packed_gemv; `settled`, if there is one, is our other call.
 template <class Ours>
-measured measure_beside_cublas(timing::stopwatch& watch, int sms, const problem& p, const Ours& ours) {
+measured measure_beside_cublas(timing::stopwatch& watch, int sms, const problem& p, const Ours& ours,
+                               timing::timed_call* settled = nullptr) {
   cublas_peer cublas(watch, p);
   measured m;
   m.error = ours.is_right();
@@ -278,7 +282,10 @@ measured measure_beside_cublas(timing::stopwatch& watch, int sms, const problem&
   const auto peer = cublas.fastest(m.peer_note);
   const auto peer_ceiling =
       timing::read_ceiling(watch, cublas.data(), cublas.copy_bytes, cublas.copy_bytes, cublas.copies, sink.data(), sms);
-  m.rounds = timing::time_calls({&call, ceiling.get(), peer.get(), peer_ceiling.get()});
+  std::vector<timing::timed_call*> calls = {&call, ceiling.get(), peer.get(), peer_ceiling.get()};
+  if (settled != nullptr) calls.push_back(settled);
+  m.rounds = timing::time_calls(calls);
+  if (settled != nullptr) m.settled = settled->graph();
   m.graph = call.graph(), m.single = call.single(), m.ceiling = ceiling->graph();
   m.peer = peer->graph(), m.peer_single = peer->single(), m.peer_ceiling = peer_ceiling->graph();
   return m;
@@ -286,7 +293,9 @@ measured measure_beside_cublas(timing::stopwatch& watch, int sms, const problem&
 
 template <class Format>
 measured measure(timing::stopwatch& watch, int sms, const problem& p) {
-  return measure_beside_cublas(watch, sms, p, packed_gemv<Format>(p));
+  const packed_gemv<Format> ours(p);
+  timing::timed_call settled(watch, ours.copies(), [&](int i) { ours.run(i, watch.stream(), true); });
+  return measure_beside_cublas(watch, sms, p, ours, &settled);
 }
 
 }  // namespace gemv

@@ -140,6 +140,7 @@ measured measure(int batch, int tokens, Call&& call) {
 
 /// Reads elements and writes them back, as a kernel does that rotates queries and new keys.
 __global__ void __launch_bounds__(256) pass_through(uint4* queries, std::int64_t n, uint4* tokens, std::int64_t m) {
+  packkv::detail::wait_for_kernel_before();
   for (std::int64_t i = std::int64_t{blockIdx.x} * 256 + threadIdx.x; i < n + m; i += std::int64_t{gridDim.x} * 256) {
     uint4* const p = i < n ? queries + i : tokens + (i - n);
     __stcg(p, __ldcg(p));
@@ -168,8 +169,8 @@ class new_tokens {
   void make(int part, int parts, const std::uint16_t* queries, std::int64_t count, cudaStream_t stream) const {
     const auto words = [](const std::uint16_t* p) { return reinterpret_cast<uint4*>(const_cast<std::uint16_t*>(p)); };
     const std::int64_t n = 2 * values * steps / parts;
-    pass_through<<<program.sms, 256, 0, stream>>>(words(queries), count / 8, words(data_.data() + n * part), n / 8);
-    require(cudaGetLastError());
+    require(pk::detail::launch_early(pass_through, dim3(static_cast<unsigned>(program.sms)), 256, stream,
+                                     words(queries), count / 8, words(data_.data() + n * part), n / 8));
   }
   template <class Format>
   void store(int step, const pk::parameters<Format>& parameters, const pk::pages_view& pages, cudaStream_t stream,
@@ -277,7 +278,8 @@ class side_stream {
 
 /// Where store_tokens is called: before decode_attention, in a stream of its own, which is waited for at the end of a
 /// graph, or behind decode_attention, beside which it may begin; or once for the layers of a graph, behind the last.
-enum class place { first, other_stream, behind, together };
+/// Nowhere: instead, decode_attention has exec::settled_cache.
+enum class place { first, other_stream, behind, together, nowhere };
 
 /// What a layer does for each new token: store_tokens of one of each of `count` sequences of 4,096, and
 /// decode_attention; its peer is decode_attention alone, on the same cache in the same rounds. Made:
@@ -309,7 +311,7 @@ measured measure_step(int count, bool made, place at) {
     if (at == place::other_stream) side.follow(watch.stream());
     if (at == place::first || at == place::other_stream)
       store(at == place::other_stream ? side.stream() : watch.stream(), false);
-    cache.decode(i, watch.stream());
+    cache.decode(i, watch.stream(), at == place::nowhere);
     if (at == place::behind || (together && i == cache.copies - 1)) store(watch.stream(), true);
     if (at == place::other_stream) side.join_at_end(watch.stream());
   });
@@ -351,10 +353,12 @@ void add_format(const std::string& format) {
                                          {"step_side/", false, place::other_stream},
                                          {"step_behind/", false, place::behind},
                                          {"step_together/", false, place::together},
+                                         {"step_settled/", false, place::nowhere},
                                          {"layer/", true, place::first},
                                          {"layer_side/", true, place::other_stream},
                                          {"layer_behind/", true, place::behind},
-                                         {"layer_together/", true, place::together}})
+                                         {"layer_together/", true, place::together},
+                                         {"layer_settled/", true, place::nowhere}})
       add(name + format + "/" + std::to_string(count),
           [count, made = made, at = at] { return measure_step<Format>(count, made, at); });
 }

@@ -76,46 +76,64 @@ __global__ void walk_tiles(const pk::warp::tile_walk walk, int count, int* visit
   }
 }
 
-/// What threads of a launch of one sequence work out without meeting, and what is left in shared memory.
-struct one_known {
-  pk::block::sequence_items::split split[2];
-  std::int32_t begin[2];
+/// What a block of a launch of one sequence works out without asking others.
+struct single_known {
+  pk::block::single_split::part part;
+  pk::block::unit_owners owners;
 };
-__global__ void share_one(const pk::block::sequence_cost cost, std::int32_t blocks, one_known* out) {
-  __shared__ pk::block::sequence_items items;
-  const pk::block::sequence_items::split own = items.build_one(cost, blocks, threadIdx.x == 0);
-  __syncthreads();
-  if (threadIdx.x != threads - 1) return;
-  const pk::block::sequence_items::split left = {items.shares, items.units, items.units.items_of(cost)};
-  out->split[0] = own;
-  out->split[1] = left;
-  for (int i = 0; i < 2; ++i) {
-    const std::int32_t begin = items.begin[i];
-    out->begin[i] = begin;
+__global__ void share_single(const pk::block::single_split split, std::int32_t blocks, std::int32_t units,
+                             std::int32_t tiles, single_known* out) {
+  for (int b = static_cast<int>(threadIdx.x); b < blocks; b += threads) {
+    const pk::block::single_split::part p = split.part_of(b, units, tiles);
+    const pk::block::unit_owners o = split.owners(p.unit, p.blocks, p.share, tiles);
+    out[b].part = p;
+    out[b].owners = o;
   }
 }
-/// It is what build() says of a batch of one.
-void check_one(const pk::block::sequence_cost& cost, std::int32_t blocks) {
-  const device_array<pk::block::sequence_cost> device_cost(std::vector<pk::block::sequence_cost>{cost});
-  device_array<known_work> many(1);
-  device_array<one_known> one(1);
-  many.poison();
-  one.poison();
-  REQUIRE(pk::detail::launch(share_work<threads>, dim3(1), threads, cudaStream_t{}, device_cost.data(), 1, blocks,
-                             many.data()));
-  REQUIRE(pk::detail::launch(share_one, dim3(1), threads, cudaStream_t{}, cost, blocks, one.data()));
-  const known_work m = many.host()[0];
-  const one_known o = one.host()[0];
-  INFO(cost.units << " units, " << cost.tiles << " tiles, raw " << cost.raw << ", blocks " << blocks);
-  CHECK(o.begin[0] == 0);
-  CHECK(o.begin[1] == m.begin[1]);
-  for (const auto& s : o.split) {
-    CHECK(s.shares.blocks() == m.shares);
-    CHECK(s.units.aligned == m.aligned);
-    CHECK(s.items == (cost.units > 0 ? m.items[0] : s.items));
-    for (const std::int32_t i : {0, std::min(1, m.shares), m.shares})
-      CHECK(s.shares.begin(i) == m.share_begin[i == m.shares ? samples : i]);
+/// Every tile of each unit has one block, in order, as many of them as align_units says; one block has the tail, and
+/// all know who has the first and the last tile and the tail. `most`: units that there may be.
+void check_single(const pk::block::sequence_cost& cost, std::int32_t most, std::int32_t blocks) {
+  INFO(cost.units << " of " << most << " units, " << cost.tiles << " tiles, raw " << cost.raw << ", blocks " << blocks);
+  const pk::block::single_split split(most, blocks, cost.raw);
+  REQUIRE(split.exists() == (most > 0 && most <= blocks));
+  if (!split.exists() || cost.units == 0) return;
+  device_array<single_known> device_known(static_cast<std::size_t>(blocks));
+  device_known.poison();
+  REQUIRE(pk::detail::launch(share_single, dim3(1), threads, cudaStream_t{}, split, blocks, cost.units, cost.tiles,
+                             device_known.data()));
+  std::vector<single_known> known = device_known.host();
+  pk::block::unit_totals all = pk::block::unit_totals::none();
+  all.add(cost);
+  const pk::block::unit_alignment aligned = pk::block::align_units(all, blocks);
+  std::vector<int> tiles(static_cast<std::size_t>(cost.units), 0), tails(static_cast<std::size_t>(cost.units), 0);
+  // Those that have a number, in its order: no two have the same.
+  int wrong = 0, with_work = 0, last = -1;
+  std::sort(known.begin(), known.end(),
+            [](const single_known& a, const single_known& b) { return a.part.block < b.part.block; });
+  for (const single_known& k : known) {
+    const pk::block::single_split::part& p = k.part;
+    const pk::block::unit_owners& o = k.owners;
+    wrong += p.unit < 0 || p.unit >= cost.units || p.has_tiles(cost.tiles) != (cost.tiles == 0 ? p.tail : p.lo < p.hi);
+    if (p.lo >= p.hi && !p.tail) continue;
+    ++with_work;
+    wrong += p.block <= last || p.block >= blocks || p.share != aligned.aligned || p.blocks != blocks / cost.units;
+    last = p.block;
+    int& next = tiles[static_cast<std::size_t>(p.unit)];
+    if (p.lo < p.hi) {
+      wrong += p.lo != next || p.hi > next + aligned.aligned;
+      wrong += (p.lo == 0) != (o.first == p.block) || (p.hi == cost.tiles) != (o.last == p.block);
+      next = p.hi;
+    }
+    wrong += p.tail != (o.tail == p.block) || o.first > p.block || o.tail < p.block;
+    wrong += cost.tiles == 0 && (o.first != o.tail || o.last != o.tail);
+    wrong += aligned.own_tail && cost.tiles > 0 && p.tail && p.lo < p.hi;
+    tails[static_cast<std::size_t>(p.unit)] += p.tail ? 1 : 0;
   }
+  CHECK(wrong == 0);
+  CHECK(tiles == std::vector<int>(tiles.size(), cost.tiles));
+  CHECK(tails == std::vector<int>(tails.size(), 1));
+  const std::int32_t items = std::max(cost.tiles + (aligned.own_tail ? 0 : cost.raw), 1);
+  CHECK(with_work <= cost.units * (pk::ceil_div(items, aligned.aligned) + (aligned.own_tail ? 1 : 0)));
 }
 
 /// The first item of a share by its definition.
@@ -242,12 +260,13 @@ TEST_CASE("as much work as a launch may have is shared as evenly, and more is re
   }
 }
 
-TEST_CASE("a launch of one sequence is shared like a batch of one, by every thread on its own") {
+TEST_CASE("a launch of one sequence is shared like a batch of one, by every block on its own") {
   random_source random(8004);
   for (int round = 0; round < 100; ++round) {
     const pk::block::sequence_cost cost = {random.one_in(8) ? 0 : random.between(1, 40), random.between(0, 3000),
                                            random.one_in(2) ? 0 : random.between(4, 60)};
-    for (const int blocks : {1, 16, 132, 264}) check_one(cost, blocks);
+    const int most = random.one_in(2) ? cost.units : cost.units * random.between(1, 3) + random.between(0, 2);
+    for (const int blocks : {1, 16, 132, 264}) check_single(cost, most, blocks);
   }
 }
 

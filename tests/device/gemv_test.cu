@@ -124,17 +124,24 @@ struct gemvs {
   test_cache<Format>& cache;
   std::int64_t batch, heads;
   device_array<std::uint8_t> workspace;
+  int calls = 0;
 
   gemvs(test_cache<Format>& c, int group)
       : cache(c), batch(c.shape.batch), heads(std::int64_t{group} * c.shape.kv_heads) {}
 
-  /// Memory of just the size that the library asks for, poisoned.
+  /// Without a workspace. Two of four calls have a settled cache: all has been made before.
+  pk::exec exec() {
+    pk::exec e = cache.exec();
+    e.settled_cache = calls++ / 2 % 2 == 0;
+    return e;
+  }
+  /// With memory of just the size that the library asks for, poisoned.
   pk::exec exec(int splits) {
     const std::int64_t bytes =
         pk::value_gemv_workspace_bytes<Format>({batch, cache.shape.kv_heads, heads, 1, cache.shape.max_tokens, splits});
     workspace = device_array<std::uint8_t>(static_cast<std::size_t>(bytes));
     workspace.poison();
-    pk::exec e = cache.exec();
+    pk::exec e = exec();
     e.workspace = workspace.data();
     e.workspace_bytes = workspace.size();
     REQUIRE(after_failures([&] { return pk::initialize_workspace(e); }));
@@ -152,14 +159,14 @@ struct gemvs {
     scores.fill([](auto...) { return 7.0f; });
     const pk::output_view<3> to = scores.device_out();
     const pk::input_view<3> in = queries.device_in();
+    const pk::exec e = exec();
     if constexpr (SharedKib == 0) {
       REQUIRE(cache.after_failures(
-          [&] { return pk::key_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), scale, to, cache.exec()); }));
+          [&] { return pk::key_gemv(in, cache.gpu_cache(), cache.gpu_parameters(), scale, to, e); }));
     } else {
       pk::kernel::fused_gemv_args args{};
-      REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().key, scale,
-                                               cache.exec(), args));
-      REQUIRE(pk::detail::launch_key_gemv<Format, Engine, SharedKib>(args, cache.exec()));
+      REQUIRE(pk::detail::make_fused_gemv_args(cache.gpu_cache(), in, to, cache.gpu_parameters().key, scale, e, args));
+      REQUIRE(pk::detail::launch_key_gemv<Format, Engine, SharedKib>(args, e));
     }
     REQUIRE(pk::reference::key_gemv(queries.in(), cache.host_cache(), cache.host_parameters(), scale, scores.out(),
                                     cache.report));

@@ -247,7 +247,8 @@ void compress_prompt(engine& e) {
   engine::require(s);
 }
 
-/// Stores new tokens, and attends with the queries, over `cache`. Attends first if its ring has the new tokens.
+/// Stores new tokens, and attends with the queries, over `cache`. Attends first if its ring has the new tokens; the
+/// cache is settled then.
 pk::status step(engine& e, const pk::cache_view& cache, bool attend_first = false) {
   const auto new_keys = e.query_view(e.new_keys, kv_heads), new_values = e.query_view(e.new_values, kv_heads);
   const auto queries = e.query_view(e.queries, query_heads);
@@ -260,6 +261,10 @@ pk::status step(engine& e, const pk::cache_view& cache, bool attend_first = fals
   const std::int64_t* const slots = e.slots.device.data();
   const std::int32_t* const query_start_loc = e.query_start_loc.device.data();
   if (attend_first) {
+    // [settled]
+    // The kernel before makes queries and the ring's new tokens; lengths, tables and tiles are older.
+    exec.settled_cache = true;
+    // [settled]
     // [behind]
     // The ring has the new tokens: attention does not read their codes, which may be stored while it ends.
     pk::status s = pk::decode_attention(queries, query_start_loc, cache, parameters, out, lse, options, exec);

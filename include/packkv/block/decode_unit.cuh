@@ -51,9 +51,12 @@ struct decode_sequence {
  private:
   PACKKV_HOST_DEVICE void find(const decode_call& call, int rows, std::uint32_t& flags) {
     // Everything is loaded before anything is used: one wait for memory.
-    const std::int32_t query_end = call.query_start_loc[b + 1], begin = call.query_start_loc[b];
+    const std::int32_t* const lengths = call.cache.seq_lens;
+    const std::int32_t query_end = detail::load_now(call.query_start_loc + b + 1),
+                       begin = detail::load_now(call.query_start_loc + b),
+                       found = lengths != nullptr ? detail::load_now(lengths + b) : call.cache.max_seq_len;
     std::uint32_t of_ring = 0;
-    const std::int32_t length = detail::clamp_length(call.cache.seq_lens, b, call.cache.max_seq_len, flags);
+    const std::int32_t length = detail::clamp_length(found, call.cache.max_seq_len, flags);
     const std::int64_t context = call.options.context_lens != nullptr ? call.options.context_lens[b] : length;
     view = detail::make_visibility(call.cache, call.options, b, length, of_ring);
     query_begin = begin;

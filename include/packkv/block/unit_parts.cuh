@@ -73,7 +73,7 @@ class unit_parts {
   template <class Meanwhile>
   __device__ bool hand_in(const work_storage<Rows>& work, bool& last, Meanwhile&& meanwhile) const {
     const unit_owners o = work.owner;
-    const int here = static_cast<int>(blockIdx.x);
+    const int here = work.block;
     if (here >= o.first && here <= o.last)
       merge::join_warps(of_warps_, Stride, Warps,
                         o.alone() ? coded_ : part_of(here, here == o.first ? begun_here : begun_before));

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <packkv/core/checked.hpp>
+#include <packkv/core/divisor.hpp>
 #include <packkv/detail/approx.cuh>
 
 namespace packkv::block {
@@ -140,6 +141,86 @@ PACKKV_HOST_DEVICE inline unit_alignment align_units(const unit_totals& all, std
   return a;
 }
 
+/// The blocks that share a unit: those with its first and its last tile, and that with its 16-bit tokens.
+struct unit_owners {
+  int first, last, tail;
+  __device__ bool alone() const { return first == tail; }
+};
+
+/// How a launch of one sequence is shared that has blocks enough for its units: as align_units says, but that every
+/// unit has as many blocks, whatever the length, and neighbours are of different units. A block has a part of one unit
+/// at most. The host prepares it, so that a block has few divisions to do.
+class single_split {
+ public:
+  /// What a block has of its unit, if that exists.
+  struct part {
+    std::int32_t unit;   ///< its number
+    std::int32_t block;  ///< the block's number where those of a unit are neighbours, the one with the tail the last
+    std::int32_t blocks, share;  ///< of a unit; items of a block
+    std::int32_t lo, hi;         ///< tiles
+    bool tail;
+
+    /// Whether it has a part of `tiles`; somebody stores what is empty.
+    PACKKV_HOST_DEVICE bool has_tiles(std::int32_t tiles) const { return lo < hi || (tail && tiles == 0); }
+  };
+
+  single_split() = default;
+  /// For up to `most_units` units, `blocks` blocks, and 16-bit tokens that cost `raw_items`.
+  PACKKV_HOST_DEVICE constexpr single_split(std::int32_t most_units, std::int32_t blocks, std::int32_t raw_items)
+      : blocks_(blocks), raw_items_(raw_items), each_(most_units > 0 ? blocks / most_units : 0) {
+    if (each_ == 0) return;
+    by_units_ = divisor(most_units);
+    by_sharing_ = divisor(sharing_of(each_));
+  }
+  /// Whether such a launch is shared so.
+  PACKKV_HOST_DEVICE constexpr bool exists() const { return by_units_.value > 0; }
+
+  /// Of `units` units, 1 to as many as there may be, with so many tiles.
+  PACKKV_HOST_DEVICE part part_of(std::int32_t block, std::int32_t units, std::int32_t tiles) const {
+    part p;
+    const bool known = units == by_units_.value;
+    const std::int32_t index = known ? by_units_.quotient(block) : quotient(block, units).whole;
+    p.unit = block - index * units;
+    p.blocks = known ? each_ : quotient(blocks_, units).whole;
+    const std::int32_t items = items_of(tiles, p.blocks), sharing = sharing_of(p.blocks);
+    p.share = (known ? by_sharing_.quotient(items - 1) : quotient(items - 1, sharing).whole) + 1;
+    // Whoever has nothing but the tail is the first to begin.
+    const bool own_tail = sharing < p.blocks;
+    const std::int32_t number = !own_tail ? index : index == 0 ? sharing : index - 1;
+    p.block = p.unit * p.blocks + number;
+    const std::int32_t begin = number * p.share, end = begin + p.share;
+    p.lo = min_of(begin, tiles);
+    p.hi = min_of(end, tiles);
+    p.tail = own_tail ? index == 0 : begin < items && items <= end;
+    if (index >= p.blocks) p.hi = p.lo, p.tail = false;
+    return p;
+  }
+  /// The blocks of a unit with `tiles` tiles, by part::block.
+  PACKKV_HOST_DEVICE unit_owners owners(std::int32_t unit, std::int32_t blocks, std::int32_t share,
+                                        std::int32_t tiles) const {
+    const std::int32_t first = unit * blocks, sharing = sharing_of(blocks);
+    unit_owners o;
+    o.tail = first + (sharing < blocks ? sharing : quotient(items_of(tiles, blocks) - 1, share).whole);
+    o.first = tiles == 0 ? o.tail : first;
+    o.last = tiles == 0 ? o.tail : first + quotient(tiles - 1, share).whole;
+    return o;
+  }
+
+ private:
+  /// Those of a unit's blocks that share its items: all, but where one has the tail for itself.
+  PACKKV_HOST_DEVICE constexpr std::int32_t sharing_of(std::int32_t each) const {
+    return each - (raw_items_ > 0 && each >= blocks_with_own_tail ? 1 : 0);
+  }
+  /// What they share.
+  PACKKV_HOST_DEVICE std::int32_t items_of(std::int32_t tiles, std::int32_t each) const {
+    return max_of(tiles + (sharing_of(each) < each ? 0 : raw_items_), 1);
+  }
+
+  std::int32_t blocks_, raw_items_;
+  std::int32_t each_;  ///< blocks of a unit, where there are as many as there may be
+  divisor by_units_, by_sharing_;
+};
+
 /// The items of the sequences of a launch, in shared memory.
 struct sequence_items {
   std::int32_t begin[max_split_sequences + 1];  ///< begin[b] .. begin[b + 1] are those of sequence b
@@ -179,37 +260,6 @@ struct sequence_items {
       const even_shares of_blocks = units.shares(total, blocks);
       shares = of_blocks;
     }
-  }
-
-  /// How a launch of one sequence is shared.
-  struct split {
-    even_shares shares;
-    unit_alignment units;
-    std::int32_t items;  ///< of each unit
-  };
-  /// The same for one sequence, with as few divisions as may be. Every thread that comes here gets the split; after a
-  /// barrier it is here, too, by the one that `writes`.
-  __device__ split build_one(const sequence_cost& c, std::int32_t blocks, bool writes) {
-    const auto count = static_cast<std::uint32_t>(c.units), each = static_cast<std::uint32_t>(c.tiles + c.raw);
-    const unit_totals all = {count, count * each, each, each, static_cast<std::uint32_t>(c.raw)};
-    split s;
-    s.units = align_units(all, blocks);
-    if (s.units.aligned > 0) {
-      const std::int32_t of_unit = s.units.blocks_of(c);
-      s.items = of_unit * s.units.aligned;
-      s.shares = even_shares::equal(c.units * of_unit, s.units.aligned);
-    } else {
-      s.items = s.units.items_of(c);
-      s.shares = even_shares(c.units * s.items, blocks);
-    }
-    if (writes) {
-      begin[0] = 0;
-      begin[1] = c.units * s.items;
-      cost[0] = c;
-      units = s.units;
-      shares = s.shares;
-    }
-    return s;
   }
 
   /// The sequence that has an item.

@@ -156,14 +156,16 @@ using packkv::find_page;
 using packkv::key_tile;
 using packkv::value_tile;
 
-/// Length of sequence b, clamped to 0..max_seq_len; a null array means max_seq_len for all.
-PACKKV_HOST_DEVICE inline std::int32_t clamp_length(const std::int32_t* lengths, std::int64_t b, std::int32_t max_len,
-                                                    std::uint32_t& flags) {
-  if (lengths == nullptr) return max_len;
-  const std::int32_t n = lengths[b];
+/// A length, from 0 to max_len. What is wrong with it is added to `flags`.
+PACKKV_HOST_DEVICE inline std::int32_t clamp_length(std::int32_t n, std::int32_t max_len, std::uint32_t& flags) {
   if (n >= 0 && n <= max_len) return n;
   flags |= report_length_out_of_range;
   return n < 0 ? 0 : max_len;
+}
+/// Length of sequence b, clamped to 0..max_seq_len; a null array means max_seq_len for all.
+PACKKV_HOST_DEVICE inline std::int32_t clamp_length(const std::int32_t* lengths, std::int64_t b, std::int32_t max_len,
+                                                    std::uint32_t& flags) {
+  return lengths == nullptr ? max_len : clamp_length(lengths[b], max_len, flags);
 }
 
 /// Which tokens a query sees, and which of them in 16 bits. One definition for the kernels and the reference. In shared

@@ -184,6 +184,16 @@ __device__ inline std::uint32_t load_changing(std::uint32_t* p) {
 #endif
 }
 
+/// A load of global memory that begins before whatever comes behind it: others may be moved to where they are needed.
+PACKKV_HOST_DEVICE inline std::int32_t load_now(const std::int32_t* p) {
+#if defined(__CUDA_ARCH__) && !defined(PACKKV_SIMT_EXECUTOR)
+  std::int32_t x;
+  asm volatile("ld.global.s32 %0,[%1];" : "=r"(x) : "l"(p));
+  return x;
+#else
+  return *p;
+#endif
+}
 /// A load that sees what other blocks wrote in this launch.
 __device__ inline float load_fresh(const float* p) { return __ldcg(p); }
 
@@ -311,6 +321,21 @@ __device__ inline void prefetch([[maybe_unused]] const void* p) {
 #if !defined(PACKKV_SIMT_EXECUTOR)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
+}
+
+/// The same, of which the compiler knows nothing: it cannot work it out again instead of keeping it.
+template <class T>
+__device__ inline const T* opaque(const T* p) {
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+__device__ inline std::uint32_t opaque(std::uint32_t x) {
+#if !defined(PACKKV_SIMT_EXECUTOR)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 /// Fetches a kernel's parameters into the constant cache all at once: each 64 bytes that are first met one by one cost

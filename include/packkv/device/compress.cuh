@@ -114,8 +114,7 @@ status decompress_side(const kernel::side_args& s, const kernel::compress_args& 
     if (encoder_serves<Codec>(s.parameters, out) && out.type != dtype::float32)
       return launch_side<Codec>(
           out.type == dtype::bfloat16 ? kernel::fused_decompress<Codec, true> : kernel::fused_decompress<Codec, false>,
-          policy::coder_grid(tiles, kernel::decompress_warps<Codec>, kernel::decompress_blocks<Codec>,
-                             policy::decoder_tiles),
+          policy::decoder_grid(tiles, kernel::decompress_warps<Codec>, kernel::decompress_blocks<Codec>),
           {kernel::decompress_warps<Codec> * 32, kernel::decompress_bytes<Codec>}, stream, a, out);
   return launch(kernel::decompress<HeadDim>, grid_for(ceil_div<std::int64_t>(tokens, kernel::compress_warps)),
                 kernel::compress_warps * 32, stream, s, a, out);

@@ -121,6 +121,15 @@ std::int32_t sequences_per_launch(const cache_view& cache, std::int64_t rows, st
   return block::max_launch_sequences(ceil_div<std::int64_t>(rows, Rows) * cache.pages.kv_heads,
                                      ceil_div<std::int64_t>(cache.max_seq_len, tile_tokens), raw_items);
 }
+/// How a launch is shared that has one sequence with at most `rows` query rows per KV head, if it may be a
+/// single_split.
+template <int Rows>
+block::single_split single_split_of(std::int32_t sequences, std::int32_t kv_heads, std::int64_t rows,
+                                    std::int64_t blocks, std::int32_t raw_items) {
+  const checked units = checked(ceil_div<std::int64_t>(rows, Rows)) * kv_heads;
+  const bool few = sequences == 1 && units.valid() && units.value() <= blocks;
+  return {few ? static_cast<std::int32_t>(units.value()) : 0, static_cast<std::int32_t>(blocks), raw_items};
+}
 inline status too_much_work() {
   return refuse(status_code::overflow,
                 "2^31 or more units of work of a sequence: max_seq_len x KV heads x query rows or heads");
@@ -148,6 +157,7 @@ status launch_fused(kernel::fused_args args, std::int64_t rows, int shared_kib, 
   for (std::int32_t first = 0; first < cache.batch; first += most) {
     args.first_sequence = first;
     args.sequences = min_of(most, cache.batch - first);
+    args.single = single_split_of<Rows>(args.sequences, cache.pages.kv_heads, rows, blocks, args.raw_items);
     const status s =
         launch(kernel::fused_decode<Format, Rows, Engine, Variant, SharedKib, BlocksPerSm>, grid_for(blocks),
                block_size(shape.warps * warp_threads, shape.shared_bytes, early), e.stream, args, variant);
@@ -239,6 +249,7 @@ status decode_fused(const input_view<3>& queries, const std::int32_t* query_star
   args.key = params.key;
   args.value = params.value;
   args.report = e.report;
+  args.settled_cache = e.settled_cache;
   return launch_fused<Format, Engine, SharedKib>(args, e, variant);
 }
 
@@ -324,7 +335,8 @@ status decode_attention(const input_view<3>& queries, const std::int32_t* query_
 /// chunks. Its blocks are shaped for the shared memory of the architecture: sm_90 and sm_100 take up to 16 query rows
 /// of a KV head in one pass over the cache; where a block of so many does not fit, as for D_v = 512 on sm_86, passes
 /// have 8 or 4. On sm_90 and later it is launched with programmatic stream serialization: it may begin while the kernel
-/// before it in the stream ends, and waits for that kernel's end before it reads anything. \return not ok, with nothing
+/// before it in the stream ends, and waits for that kernel's end before it reads anything, or with exec::settled_cache
+/// before it reads queries and 16-bit tokens. \return not ok, with nothing
 /// launched, for what the host can see to be wrong; cuda_error if the launch is refused.
 template <class Format>
 status decode_attention(const input_view<3>& queries, const std::int32_t* query_start_loc, const cache_view& cache,

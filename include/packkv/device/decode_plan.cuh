@@ -34,8 +34,8 @@ namespace detail {
 
 /// Appends what the blocks of a launch do.
 template <int Rows>
-void plan_launch(const block::decode_call& call, std::int32_t first, std::int32_t sequences, std::int32_t raw_items,
-                 decode_plan& plan) {
+void plan_launch(const block::decode_call& call, std::int32_t first, std::int32_t sequences, std::int64_t rows,
+                 std::int32_t raw_items, decode_plan& plan) {
   std::vector<block::decode_sequence> known;
   std::vector<std::int32_t> begin{0};
   block::unit_totals all = block::unit_totals::none();
@@ -44,6 +44,19 @@ void plan_launch(const block::decode_call& call, std::int32_t first, std::int32_
     all.add(known.back().cost(call, raw_items));
   }
   const auto blocks = static_cast<std::int32_t>(plan.blocks);
+  const block::single_split single =
+      single_split_of<Rows>(sequences, call.cache.pages.kv_heads, rows, blocks, raw_items);
+  if (single.exists()) {
+    const block::decode_sequence& s = known[0];
+    for (std::int32_t block = 0; block < blocks && s.chunks > 0; ++block) {
+      const block::single_split::part p = single.part_of(block, s.chunks * call.cache.pages.kv_heads, s.tiles);
+      if (p.lo < p.hi || p.tail)
+        plan.shares.push_back({plan.launches, block, first, p.unit / s.chunks, p.unit % s.chunks * Rows,
+                               s.first_tile + p.lo, s.first_tile + p.hi, p.tail});
+    }
+    ++plan.launches;
+    return;
+  }
   const block::unit_alignment units = block::align_units(all, blocks);
   for (const block::decode_sequence& s : known) {
     const block::sequence_cost cost = s.cost(call, raw_items);
@@ -80,7 +93,7 @@ status plan_launches(const block::decode_call& call, std::int64_t rows, int shar
   plan.shape = kernel::fused_shape<Format, Rows>(shared_kib, policy::fused_blocks_per_sm(units));
   plan.blocks = fused_blocks(plan.shape, units, call.options.splits);
   for (std::int32_t first = 0; first < cache.batch; first += most)
-    plan_launch<Rows>(call, first, min_of(most, cache.batch - first), raw_items, plan);
+    plan_launch<Rows>(call, first, min_of(most, cache.batch - first), rows, raw_items, plan);
   return {};
 }
 

@@ -184,6 +184,7 @@ inline status make_fused_gemv_args(const cache_view& cache, const input_view<3>&
   args.call.report = e.report;
   args.parameters = parameters;
   args.scale = scale;
+  args.settled_cache = e.settled_cache;
   return {};
 }
 

@@ -111,7 +111,8 @@ struct decompress_place {
 };
 
 /// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
-/// Grid: any number of blocks. Dynamic shared memory: a decompress_storage for each warp.
+/// Grid: any number of blocks, of which the first have a tile more for each warp where tiles do not go round. Dynamic
+/// shared memory: a decompress_storage for each warp.
 template <class Codec, bool BFloat>
 __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_blocks<Codec>)
     fused_decompress(const __grid_constant__ compress_args a, const __grid_constant__ output_view<4> out) {
@@ -123,15 +124,17 @@ __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_block
   typename storage_type::ring_type ring(storage.ring, storage.tiles, storage_type::tile_bytes);
   const std::int64_t stride = out.stride[2];
   const bool wide = ((reinterpret_cast<std::uintptr_t>(out.data) | out.stride[0] | out.stride[1] | stride) & 8) == 0;
-  const std::int64_t items = compress_items(a),
-                     rounds = ceil_div<std::int64_t>(items, std::int64_t{decompress_warps<Codec>} * gridDim.x);
+  const std::int64_t items = compress_items(a);
+  const quotient share(ceil_div<std::int64_t>(items, decompress_warps<Codec>), static_cast<std::int32_t>(gridDim.x));
+  const std::int64_t first_round = share.whole * blockIdx.x + min_of<std::int64_t>(blockIdx.x, share.rest),
+                     rounds = share.whole + (static_cast<int>(blockIdx.x) < share.rest ? 1 : 0);
   std::uint32_t flags = 0;
   decompress_place ahead, now;  // of a round to come, each lane its own; of the round before, requested there
 #pragma unroll 1
   for (std::int64_t round = 0; round <= rounds; ++round) {
     const int lane = static_cast<int>(static_cast<std::uint32_t>(round) % warp_threads);
     if (lane == 0) {
-      const std::int64_t item = (blockIdx.x * rounds + round + lane_id()) * decompress_warps<Codec> + warp_id();
+      const std::int64_t item = (first_round + round + lane_id()) * decompress_warps<Codec> + warp_id();
       compress_place at;
       if (round + lane_id() < rounds && item < items) at = compress_place_of(spec.strips.which, spec, a, item, flags);
       ahead = {at.tile, static_cast<char*>(address(out, at.b, at.head, at.first, 0)), at.count};

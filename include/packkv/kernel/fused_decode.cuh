@@ -16,6 +16,7 @@ struct fused_args : block::decode_launch {
   side_parameters key, value;
   float* parts;             ///< [blocks][3][part_floats]
   std::uint32_t* counters;  ///< [blocks], zero between launches
+  bool settled_cache;       ///< exec::settled_cache
 };
 
 /// What a block needs in shared memory whatever its shape.
@@ -66,19 +67,25 @@ class fused_block {
         work_(args, storage.work),
         parts_(args.parts, args.counters, reinterpret_cast<float*>(dynamic),
                reinterpret_cast<float*>(dynamic + warps * warp_bytes)),
-        stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * warp_bytes) {}
+        stream_(storage.stream_of[detail::warp_id()], dynamic + detail::warp_id() * warp_bytes, args.call.cache,
+                args.report) {}
 
   __device__ void run() {
-    detail::wait_for_kernel_before();
+    if (!a_.settled_cache) detail::wait_for_kernel_before();
     std::int32_t item;
-    if (!work_.begin(item)) return;
+    if (!work_.begin(item)) {
+      detail::wait_for_kernel_before();  // what comes behind waits for that one, too
+      return;
+    }
     while (true) {
       work_.take(item);
       const block::work_storage<Rows>& work = storage_.work;
-      if (work.coded)
+      if (work.coded) {
         begin();
-      else
+      } else {
         work_.find_owners();
+        detail::wait_for_kernel_before();
+      }
       // While the first tiles are on their way; the other warps do not wait.
       if (work.tail && unit_.has_raw()) parts_.attend_raw(work, a_.call, variant_);
       if (work.coded) add_tiles();
@@ -96,13 +103,15 @@ class fused_block {
   /// Requests the first of the unit's coded tiles and rounds its queries.
   __device__ void begin() {
     using namespace packkv::detail;
-    // The queries first: behind all blocks' first tiles they would wait for microseconds.
+    // The queries first: behind all blocks' first tiles they would wait for microseconds. Where they are still being
+    // made, behind one tile of each warp.
+    const bool early = a_.settled_cache && work_.is_first();
     const int first_row = parts::first_row();
     std::uint16_t query[key_dim / 32] = {};  // of the warp's first row
     typename scores::head_values own = {};
     if (first_row < Rows || scores::has_basis)
       own = scores::head_values::load(of_head(Format::key(), a_.key, unit_.head));
-    if (first_row < Rows) unit_.load_query(a_.call, first_row, own.channel, query);
+    if (first_row < Rows && !early) unit_.load_query(a_.call, first_row, own.channel, query);
     const block::row_ranges ranges = unit_.ranges(a_.call);
     warp::tile_walk walk = {max_of(storage_.work.lo, ranges.any.begin / tile_tokens), warps, 0, 0};
     const int end_tile = min_of(storage_.work.hi, ceil_div(ranges.any.end, tile_tokens));
@@ -111,8 +120,14 @@ class fused_block {
       walk.late = parts::raw_warps(storage_.work);
       walk.rounds = policy::raw_chunk_tiles * ceil_div(unit_.raw.chunks(parts::raw_attention::tokens), walk.late);
     }
-    stream_.open(a_.call.cache, a_.report, unit_.b, unit_.head, walk, warp_id(), end_tile);
+    stream_.open(unit_.b, unit_.head, walk, warp_id(), end_tile);
+    stream_.start(early ? 1 : shape.stages);
     work_.find_owners();
+    if (early) {
+      wait_for_kernel_before();
+      if (first_row < Rows) unit_.load_query(a_.call, first_row, own.channel, query);
+      stream_.start();
+    }
     scores::prepare(
         storage_.queries, own,
         [&](int r, const auto& index, auto& x) {

@@ -21,6 +21,7 @@ struct fused_gemv_args {
   float scale;              ///< of scores
   float* parts;             ///< of value sums: [blocks][2][part_floats]
   std::uint32_t* counters;  ///< of value sums: [blocks], zero between launches
+  bool settled_cache;       ///< exec::settled_cache
 };
 
 /// x[i] = channel index[i] of a query of any type.
@@ -95,13 +96,20 @@ class key_gemv_block {
   __device__ static void run(const fused_gemv_args& a, temp_storage& storage, std::uint8_t* dynamic) {
     using namespace packkv::detail;
     stream_type stream(storage.stream_of[warp_id()], dynamic + warp_id() * shape.warp_bytes);
-    wait_for_kernel_before();
+    bool early = a.settled_cache;
+    if (!early) wait_for_kernel_before();
     units_type units(a.call, storage.units, false);
     block::gemv_piece piece;
     while (units.next(piece)) {
       stream.open(warp::key_pages(a.call.cache, a.call.tiles_per_page, piece.head), piece.b, piece.lo + warp_id(),
                   piece.hi, warps);
-      // The queries before the tiles: behind all blocks' first tiles they would wait for microseconds.
+      // The queries before the tiles: behind all blocks' first tiles they would wait for microseconds. Unless they are
+      // still being made.
+      if (early) {
+        stream.start(1);
+        wait_for_kernel_before();
+        early = false;
+      }
       scores::prepare(
           storage.queries, scores::head_values::load(of_head(Codec::spec(), a.parameters, piece.head)),
           [&](int r, const auto& index, auto& x) {
@@ -128,6 +136,7 @@ class key_gemv_block {
       }
       stream.report(a.call.report);
     }
+    if (early) wait_for_kernel_before();  // what comes behind waits for that one, too
   }
 };
 
@@ -164,7 +173,7 @@ class value_gemv_block {
     using namespace packkv::detail;
     stream_type stream(storage_.stream_of[warp_id()],
                        reinterpret_cast<std::uint8_t*>(parts_ + warp_id() * part_stride));
-    wait_for_kernel_before();
+    if (!a_.settled_cache) wait_for_kernel_before();
     units_type units(a_.call, storage_.units, true);
     block::gemv_piece piece;
     while (units.next(piece)) {
@@ -173,6 +182,7 @@ class value_gemv_block {
       finish(units.piece());
       fence_async_copies();  // the ring takes tiles again
     }
+    wait_for_kernel_before();  // if there was nothing: what comes behind waits for that one, too
   }
 
  private:
@@ -184,6 +194,7 @@ class value_gemv_block {
     stream.open(warp::value_pages(a_.call.cache, a_.call.tiles_per_page, piece.head), piece.b, piece.lo + warp_id(),
                 piece.hi, warps);
     stream.start(1);  // no more: behind all blocks' first tiles the weights would wait for microseconds
+    if (a_.settled_cache) wait_for_kernel_before();
     warp::weight_source<Rows> source(a_.call.in, piece.b, piece.first_head, piece.rows,
                                      std::int64_t{tile_tokens} * (piece.lo + warp_id()), warps * tile_tokens,
                                      piece.length);

@@ -31,10 +31,10 @@ struct value_operand {
     b[t][0][1] = odd ? x : 0u;
   }
   /// For one row: the operands of all tokens from the lane's weights of two neighbours. Column c has the tokens 8 * c
-  /// on, so a lane's weights are in its own column already.
-  __device__ void set_spread(std::uint32_t weights) {
-    const int column = detail::lane_id() / 4;
-    for (int k = 0; k < tokens_per_lane; ++k) b[k / 2][0][k % 2] = column == k ? weights : 0u;
+  /// on, so a lane's weights are in its own column already: in_column(k) is these where that is column k, else 0.
+  template <class InColumn>
+  __device__ void set_spread(InColumn&& in_column) {
+    for (int k = 0; k < tokens_per_lane; ++k) b[k / 2][0][k % 2] = in_column(k);
   }
 };
 

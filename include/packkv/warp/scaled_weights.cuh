@@ -22,7 +22,8 @@ class weight_source {
   /// `step` tokens a tile.
   __device__ weight_source(const input_view<3>& in, std::int64_t b, std::int64_t first_head, int rows,
                            std::int64_t first, int step, int length)
-      : type_(in.type),
+      : wide_(in.type == dtype::float32),
+        halves_(in.type == dtype::float16),
         stride_(in.stride[2]),
         advance_(step * in.stride[2]),
         rows_(rows),
@@ -35,17 +36,17 @@ class weight_source {
 
   /// Starts to load the weights of the next tile.
   __device__ void load() {
-    if (type_ == dtype::float32)
+    if (wide_)
       each([](const char* p) { return *reinterpret_cast<const std::uint32_t*>(p); });
     else
       each([](const char* p) { return std::uint32_t{*reinterpret_cast<const std::uint16_t*>(p)}; });
   }
   /// w[k][i] = weight of the lane's token k and row i; 0 beyond the length and in rows that do not exist.
   __device__ void get(float (&w)[columns::lane_tokens][lane_rows]) const {
+    const int shift = wide_ ? 0 : 16;
     for (int k = 0; k < columns::lane_tokens; ++k)
-      for (int i = 0; i < lane_rows; ++i)
-        w[k][i] = detail::bit_cast<float>(type_ == dtype::float32 ? bits_[k][i] : bits_[k][i] << 16);
-    if (type_ == dtype::float16)
+      for (int i = 0; i < lane_rows; ++i) w[k][i] = detail::bit_cast<float>(bits_[k][i] << shift);
+    if (halves_)
       for (int k = 0; k < columns::lane_tokens; ++k)
         for (int i = 0; i < lane_rows; ++i) w[k][i] = detail::unpack_halves(bits_[k][i]).low;
   }
@@ -63,7 +64,7 @@ class weight_source {
     left_ -= step_;
   }
 
-  dtype type_;
+  bool wide_, halves_;
   std::int64_t stride_, advance_;  ///< bytes between tokens, and between tiles
   int rows_, step_;
   int left_;                     ///< tokens from the lane's first one of the next tile on
@@ -81,6 +82,8 @@ class scaled_weights {
   static constexpr int lane_rows = columns::lane_rows, lane_tokens = columns::lane_tokens;
 
   __device__ scaled_weights() {
+    if constexpr (keeps_columns)
+      for (int k = 0; k < tokens_per_lane; ++k) in_column_[k] = detail::opaque(has_column(k) ? 0xffffffffu : 0u);
     for (int i = 0; i < lane_rows; ++i) {
       set(i, smallest);
       sum_[i] = 0.0f;
@@ -205,7 +208,7 @@ class scaled_weights {
     const std::uint32_t h = detail::pack_halves(scaled(w[0][0], row[0] * unit, 0), scaled(w[1][0], row[1] * unit, 0));
     const detail::two_floats rounded = detail::unpack_halves(h);
     zero_[0] = fmaf(rounded.low + rounded.high, exponential(fold), zero_[0]);
-    p.set_spread(h);
+    p.set_spread([&](int k) { return keeps_columns ? h & in_column_[keeps_columns ? k : 0] : has_column(k) ? h : 0u; });
   }
 
   /// Weights times row scales are divided by 2^smallest .. 2^largest: all of the range of floats, and what lies beyond.
@@ -230,6 +233,11 @@ class scaled_weights {
     zero = fmaf(rounded, passes::power_of_two(Sum::first_fold(K)), zero);
   }
 
+  /// Whether there are registers for masks of the columns, which save their comparisons.
+  static constexpr bool keeps_columns = columns::spread && Sum::dim <= 128;
+  __device__ static bool has_column(int k) { return detail::lane_id() / 4 == k; }
+
+  std::uint32_t in_column_[keeps_columns ? tokens_per_lane : 1];
   int exponent_[lane_rows];  ///< of the power of two
   float inverse_low_[lane_rows], inverse_high_[lane_rows], limit_[lane_rows];
   float sum_[lane_rows], zero_[lane_rows];  ///< of weights; of weights times row scales, rounded and divided

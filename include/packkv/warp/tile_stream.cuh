@@ -2,8 +2,8 @@
 // The tiles of one KV head that a warp has to visit, brought into shared memory ahead of their use.
 // One idea: pages are looked up 32 tiles at a time, a lane each, and that lane requests its tile; a tile without a page
 // is passed over.
-//   tile_stream<Format, 2, Engine> stream(storage, buffers);
-//   stream.open(cache, report, b, head, tile_walk{first, Warps, 0, 0}, warp, end);
+//   tile_stream<Format, 2, Engine> stream(storage, buffers, cache, report);
+//   stream.open(b, head, tile_walk{first, Warps, 0, 0}, warp, end);   stream.start();
 //   while (stream.next(tile, keys, values)) { use them; stream.release(); }
 #pragma once
 
@@ -40,15 +40,13 @@ class tile_stream {
     tile_walk walk;
   };
 
-  /// `buffers`: buffer_bytes of shared memory of this warp, 16-byte aligned. All lanes take part, here and below.
-  __device__ tile_stream(temp_storage& storage, std::uint8_t* buffers)
-      : ring_(storage.ring, buffers, stage_bytes), walk_(storage.walk) {}
+  /// `buffers`: buffer_bytes of shared memory of this warp, 16-byte aligned. What is wrong with pages of `cache` is
+  /// reported. All lanes take part, here and below.
+  __device__ tile_stream(temp_storage& storage, std::uint8_t* buffers, const cache_view& cache, device_report* report)
+      : ring_(storage.ring, buffers, stage_bytes), cache_(cache), report_(report), walk_(storage.walk) {}
 
-  /// Starts to fetch a warp's tiles below `end` of a sequence and KV head. What is wrong with their pages is reported.
-  __device__ void open(const cache_view& cache, device_report* report, std::int64_t b, int head, const tile_walk& walk,
-                       int warp, int end) {
-    cache_ = &cache;
-    report_ = report;
+  /// Looks up a warp's tiles below `end` of a sequence and KV head.
+  __device__ void open(std::int64_t b, int head, const tile_walk& walk, int warp, int end) {
     b_ = b;
     head_ = head;
     __syncwarp();
@@ -57,9 +55,12 @@ class tile_stream {
     next_ = walk.begin(warp);
     end_ = end;
     found_ = 0;
-    find(walk);
+    find(walk, cache_);
+  }
+  /// Starts to fetch up to `count` tiles ahead, before the first next().
+  __device__ void start(int count = Stages) {
 #pragma unroll 1
-    for (int i = 0; i < Stages && found_ != 0; ++i) request_found();
+    while (ring_.waiting() < count && found_ != 0) request_found();
     __syncwarp();
   }
 
@@ -81,14 +82,15 @@ class tile_stream {
   /// Fetches the next tile that has a page.
   __device__ void request() {
     if (__builtin_expect(found_ == 0, 0)) {
-      find(walk_);
+      // What is known of the cache at compile time would be fetched for every tile.
+      find(walk_, *detail::opaque(&cache_));
       if (found_ == 0) return;
     }
     request_found();
   }
   /// Looks tiles up until one has a page.
-  __device__ void find(const tile_walk& walk) {
-    while (found_ == 0 && walk.tile(warp_, next_) < end_) look_up(walk);
+  __device__ void find(const tile_walk& walk, const cache_view& cache) {
+    while (found_ == 0 && walk.tile(warp_, next_) < end_) look_up(walk, cache);
   }
   __device__ void request_found() {
     const int lane = __ffs(static_cast<int>(found_)) - 1;
@@ -96,12 +98,12 @@ class tile_stream {
     found_ &= found_ - 1;
   }
   /// Finds where the next 32 tiles lie, a lane each.
-  __device__ void look_up(const tile_walk& walk) {
+  __device__ void look_up(const tile_walk& walk, const cache_view& cache) {
     std::uint32_t flags = 0;
-    const pages_view& pages = cache_->pages;
+    const pages_view& pages = cache.pages;
     tile_ = walk.tile(warp_, next_ + detail::lane_id());
     const std::int32_t of_sequence = detail::divide(tile_, pages.tiles_per_page);
-    const std::int64_t page = tile_ < end_ ? find_page(cache_->table, pages.num_pages, b_, of_sequence, flags) : -1;
+    const std::int64_t page = tile_ < end_ ? find_page(cache.table, pages.num_pages, b_, of_sequence, flags) : -1;
     if (page >= 0) {
       const std::int64_t slot = tile_ - of_sequence * pages.tiles_per_page;
       keys_ = static_cast<const std::uint8_t*>(pages.key_data) + page * pages.key_page_stride +
@@ -115,8 +117,8 @@ class tile_stream {
   }
 
   ring_type ring_;
-  const cache_view* cache_ = nullptr;
-  device_report* report_ = nullptr;
+  const cache_view& cache_;
+  device_report* const report_;
   std::int64_t b_ = 0;
   tile_walk& walk_;
   int head_ = 0, warp_ = 0, next_ = 0, end_ = 0;            ///< next_: of the walk, to be looked up
