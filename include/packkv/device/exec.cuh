@@ -23,10 +23,12 @@ struct exec {
   ///         as all kernels of this library do.
   bool beside_previous = false;
   /// Says that the kernel before the call in the stream makes at most the queries, weights and 16-bit tokens (sinks,
-  /// ring) that it reads: lengths, tables, query ranges, parameters and coded tiles are older. Then the work is shared
-  /// out and the first tiles are fetched while that kernel ends. Used by decode_attention, key_gemv and value_gemv
-  /// where they are fused, on sm_90 and later; elsewhere calls wait first, as they do without it. \remark As of
-  /// beside_previous; where that does not hold, what is read may be old.
+  /// ring) that it reads, and changes nothing else of what it reads: tables, parameters, codes, and arrays of
+  /// lengths, positions, rows and query ranges. Nor does it zero the report. Then the work is shared out and the first
+  /// tiles are fetched while that kernel ends. Used by decode_attention, key_gemv and value_gemv where they are fused,
+  /// on sm_90 and later; other calls, and other GPUs, wait for it first. The results are the same.
+  /// \remark If that kernel lets others begin early, it waits for those before it first, as for beside_previous; what
+  ///         is read may be older otherwise.
   bool settled_cache = false;
 };
 
