@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How many cycles a scheduler of a Hopper SM needs for the step that the fused kernels are made of: four masks, which
 // are an operand, and the products with it. Of mma.sync and of wgmma with the operand in registers, whose other operand
-// lies in shared memory; all operands are 0, which changes no time here, as the GPU is far from its power limit.
+// lies in shared memory and is 0. Cycles are counted, not time: the clock, which falls with the power that operands
+// draw, does not matter.
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a bench/studies/products.cu -o products && ./products
 #include <cuda_runtime.h>
 
