@@ -302,10 +302,15 @@ __global__ void __launch_bounds__(32)
   __shared__ typename encoder_type::temp_storage storage;
   encoder_type encoder(storage);
   std::uint32_t found = 0;
-  for (int i = 0; i < tiles; ++i) {
+  const auto tokens = [&](int i) {
     const std::uint16_t* const first = x + i * 64 * Codec::head_dim;
     const auto at = [first](int t) -> const void* { return first + t * Codec::head_dim; };
-    encoder.encode(encoder_type::make_tokens(64, at), out + i * Codec::spec().tile_bytes(), found);
+    return encoder_type::make_tokens(i < tiles ? 64 : 0, at);
+  };
+  encoder.begin([&](int n) { return tokens(n - 1); });
+  for (int i = 0; i < tiles; ++i) {
+    if (encoder.full()) encoder.finish(found);
+    encoder.encode([&](int n) { return tokens(i + n); }, out + i * Codec::spec().tile_bytes());
     if (threadIdx.x == 0) waiting[i] = encoder.waiting();
   }
   encoder.finish(found);

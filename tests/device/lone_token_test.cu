@@ -14,12 +14,12 @@ constexpr int threads = 128;
 __global__ void __launch_bounds__(threads) find_row_scales(const double* mean, int count, std::uint32_t* found) {
   const int i = static_cast<int>(blockIdx.x) * threads + static_cast<int>(threadIdx.x);
   if (i >= count) return;
-  const pk::warp::row_scale_number scale(mean[i]);
+  const pk::thread::row_scale_number scale(mean[i]);
   found[i] = scale.value == 0.0f ? ~0u : scale.half_bits();
 }
 __global__ void __launch_bounds__(threads) divide_all(const float* x, const float* by, int count, float* quotient) {
   const int i = static_cast<int>(blockIdx.x) * threads + static_cast<int>(threadIdx.x);
-  if (i < count) quotient[i] = pk::warp::repeated_division(by[i]).quotient(x[i]);
+  if (i < count) quotient[i] = pk::thread::repeated_division(by[i]).quotient(x[i]);
 }
 dim3 grid_of(std::size_t count) { return dim3(static_cast<unsigned>((count + threads - 1) / threads)); }
 

@@ -58,6 +58,16 @@ __device__ inline float reciprocal_sqrt_fast(float x) {
   return y;
 #endif
 }
+/// a * b + c, rounded once, then clamped to 0 .. 1; NaN becomes 0.
+__device__ inline float multiply_add_saturated(float a, float b, float c) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return fminf(fmaxf(fmaf(a, b, c), 0.0f), 1.0f);
+#else
+  float y;
+  asm("fma.rn.sat.f32 %0,%1,%2,%3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+#endif
+}
 /// Two floats as halves, nearest even; `low` in the low 16 bits.
 __device__ inline std::uint32_t pack_halves(float low, float high) {
 #if defined(PACKKV_SIMT_EXECUTOR)

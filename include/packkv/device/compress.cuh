@@ -87,13 +87,10 @@ inline std::int64_t encoder_grid(std::int64_t tiles) {
 /// 0.038; H200, 2026-11-30).
 template <class Codec, class Other>
 block_size encoder_block() {
-  int more = 0;
-  if constexpr (warp::has_tile_encoder<Other>) {
-    using storage = typename warp::tile_encoder<Codec, false>::temp_storage;
-    using other_storage = typename warp::tile_encoder<Other, false>::temp_storage;
-    more = max_of(0, static_cast<int>(sizeof(other_storage)) - static_cast<int>(sizeof(storage)));
-  }
-  return {policy::encoder_warps * 32, policy::encoder_warps * more};
+  int bytes = static_cast<int>(sizeof(kernel::encode_storage<Codec, false>));
+  if constexpr (warp::has_tile_encoder<Other>)
+    bytes = max_of(bytes, static_cast<int>(sizeof(kernel::encode_storage<Other, false>)));
+  return {policy::encoder_warps * 32, policy::encoder_warps * bytes};
 }
 
 template <int HeadDim, class Codec, class Other>

@@ -105,7 +105,7 @@ __device__ inline std::int64_t compress_items(const compress_args& a) {
 
 /// Codes every tile of one side. Grid: any number of blocks; a block takes whole tiles.
 template <int HeadDim>
-__global__ void __launch_bounds__(compress_warps * 32)
+__global__ void __launch_bounds__(compress_warps * 32, 1)
     compress(const __grid_constant__ side_args s, const __grid_constant__ compress_args a,
              const __grid_constant__ input_view<4> in) {
   using namespace packkv::detail;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(compress_warps * 32)
 /// Codes n tiles of one side from where their moves say that the tokens are. Grid: any number of blocks; a block takes
 /// whole tiles of a head.
 template <int HeadDim>
-__global__ void __launch_bounds__(compress_warps * 32)
+__global__ void __launch_bounds__(compress_warps * 32, 1)
     store_tiles(const __grid_constant__ side_args s, const __grid_constant__ pages_view pages,
                 const __grid_constant__ input_view<4> in, const tile_move* moves, std::int64_t n,
                 device_report* report) {

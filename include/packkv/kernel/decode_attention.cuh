@@ -211,7 +211,7 @@ class decode_block {
 
 /// Grid: units * splits blocks, in that order; see policy::decode_grid.
 template <int KeyDim, int ValueDim>
-__global__ void __launch_bounds__(policy::decode_warps * 32)
+__global__ void __launch_bounds__(policy::decode_warps * 32, 1)
     decode_attention(const __grid_constant__ decode_args args) {
   using block_type = decode_block<KeyDim, ValueDim>;
   __shared__ typename block_type::temp_storage storage;

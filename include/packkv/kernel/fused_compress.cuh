@@ -14,29 +14,94 @@ namespace packkv::kernel {
 template <class Codec>
 inline constexpr bool is_key = Codec::spec().strips.which == side::key;
 
+/// A tile that a warp codes or reconstructs, null for none, the row of its tokens, and a number of the kernel's.
+template <class Tile, class Row>
+struct coder_place {
+  Tile* tile = nullptr;
+  Row* row = nullptr;
+  int number = 0;
+
+  /// What this is in lane `lane`. All lanes take part.
+  __device__ coder_place of_lane(int lane) const {
+    using detail::shuffle;
+    return {reinterpret_cast<Tile*>(shuffle(reinterpret_cast<std::uintptr_t>(tile), lane)),
+            reinterpret_cast<Row*>(shuffle(reinterpret_cast<std::uintptr_t>(row), lane)), shuffle(number, lane)};
+  }
+};
+
+/// What a warp that codes tiles has in shared memory.
+template <class Codec, bool BFloat>
+struct encode_storage {
+  typename warp::tile_encoder<Codec, BFloat>::temp_storage encoder;
+  coder_place<std::uint8_t, const char> place[detail::warp_threads + 1];  ///< of the round before, and of 32 rounds
+  std::int64_t item;                                                      ///< behind these
+};
+
+/// Codes `items` tiles: place_of(item, flags) says where one goes and where its tokens are, tokens_of(place) which they
+/// are. A lane each works out places of 32 rounds. Dynamic shared memory: an encode_storage for each warp.
+template <class Codec, bool BFloat, class PlaceOf, class TokensOf>
+__device__ void encode_tiles(std::int64_t items, device_report* report, PlaceOf&& place_of, TokensOf&& tokens_of) {
+  using namespace packkv::detail;
+  using place_type = coder_place<std::uint8_t, const char>;
+  using storage_type = encode_storage<Codec, BFloat>;
+  storage_type& storage = reinterpret_cast<storage_type*>(dynamic_shared())[warp_id()];
+  place_type* const place = storage.place;
+  if (lane_id() == 0) {
+    place[warp_threads] = {};
+    storage.item = static_cast<std::int64_t>(blockIdx.x) * policy::encoder_warps + warp_id();
+  }
+  std::uint32_t flags = 0;
+  int i = warp_threads - 1, rounds = 0;  // of these 32; what a warp knows of all rounds it need not have in registers
+  warp::tile_encoder<Codec, BFloat> encoder(storage.encoder);
+#pragma unroll 1
+  do {
+#pragma unroll 1
+    do {
+      i = (i + 1) % warp_threads;
+      __syncwarp();
+      if (i == 0) {
+        const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * policy::encoder_warps;
+        const std::int64_t own = storage.item + lane_id() * step;
+        const place_type before = place[warp_threads];
+        __syncwarp();
+        rounds = __popc(__ballot_sync(all_lanes, own < items));
+        place[1 + lane_id()] = own < items ? place_of(own, flags) : place_type{};
+        if (lane_id() == 0) {
+          place[0] = before;
+          storage.item = own + warp_threads * step;
+        }
+        __syncwarp();
+      }
+      const auto tokens = [&](int n) { return tokens_of(place[i + n]); };
+      if (place[i].tile != nullptr)
+        encoder.encode(tokens, place[i].tile);
+      else
+        encoder.begin(tokens);
+    } while (i < rounds && !encoder.full());
+    encoder.finish(flags);
+  } while (i < rounds);
+  detail::add_report(report, flags, 0);
+}
+
 /// Codes every tile of one side, whose channels lie side by side, 8-byte aligned. Grid: any number of blocks.
 template <class Codec, bool BFloat>
 __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_blocks)
     fused_compress(const __grid_constant__ compress_args a, const __grid_constant__ input_view<4> in) {
-  using namespace packkv::detail;
   using encoder_type = warp::tile_encoder<Codec, BFloat>;
+  using place_type = coder_place<std::uint8_t, const char>;
   constexpr codec_spec spec = Codec::spec();
-  begin_one_of_two<is_key<Codec>>();
-  __shared__ typename encoder_type::temp_storage storage[policy::encoder_warps];
-  encoder_type encoder(storage[warp_id()]);
-  std::uint32_t flags = 0;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * policy::encoder_warps + warp_id();
-       item < compress_items(a); item += static_cast<std::int64_t>(gridDim.x) * policy::encoder_warps) {
-    std::uint32_t table_flags = 0;
-    const compress_place at = compress_place_of(spec.strips.which, spec, a, item, table_flags);
-    if (lane_id() == 0) flags |= table_flags;
-    if (at.tile == nullptr) continue;  // the same for all lanes
-    const auto data = static_cast<const char*>(address(in, at.b, at.head, at.first, 0));
-    encoder.encode(encoder_type::make_tokens(at.count, [&](int t) { return data + t * in.stride[2]; }), at.tile, flags);
-  }
-  encoder.finish(flags);
-  detail::add_report(a.report, flags, 0);
-  end_one_of_two<is_key<Codec>>();
+  detail::begin_one_of_two<is_key<Codec>>();
+  encode_tiles<Codec, BFloat>(
+      compress_items(a), a.report,
+      [&](std::int64_t item, std::uint32_t& flags) {
+        const compress_place at = compress_place_of(spec.strips.which, spec, a, item, flags);
+        const auto row = static_cast<const char*>(detail::address(in, at.b, at.head, at.first, 0));
+        return place_type{at.tile, row, at.tile != nullptr ? at.count : 0};
+      },
+      [&](const place_type& at) {
+        return encoder_type::make_tokens(at.number, [&in, &at](int t) { return at.row + t * in.stride[2]; });
+      });
+  detail::end_one_of_two<is_key<Codec>>();
 }
 
 /// Codes n tiles of one side from where their moves say that the tokens are; otherwise as above.
@@ -44,33 +109,28 @@ template <class Codec, bool BFloat>
 __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_blocks)
     fused_store_tiles(const __grid_constant__ pages_view pages, const __grid_constant__ input_view<4> in,
                       const tile_move* moves, std::int64_t n, device_report* report) {
-  using namespace packkv::detail;
   using encoder_type = warp::tile_encoder<Codec, BFloat>;
+  using place_type = coder_place<std::uint8_t, const char>;
   constexpr codec_spec spec = Codec::spec();
-  begin_one_of_two<is_key<Codec>>();
-  __shared__ typename encoder_type::temp_storage storage[policy::encoder_warps];
-  encoder_type encoder(storage[warp_id()]);
-  std::uint32_t flags = 0;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * policy::encoder_warps + warp_id();
-       item < n * pages.kv_heads; item += static_cast<std::int64_t>(gridDim.x) * policy::encoder_warps) {
-    const quotient number(item, pages.kv_heads);
-    const tile_move move = moves[number.whole];
-    const int head = number.rest;
-    std::uint32_t move_flags = 0;
-    const tile_place to = place_of(move, in, pages, move_flags);
-    if (lane_id() == 0) flags |= move_flags;
-    if (!to.valid) continue;  // the same for all lanes
-    const auto row = static_cast<const char*>(address(in, move.row, head, 0, 0));
-    const auto at = [&](int t) {
-      const std::int64_t slot = std::int64_t{move.first} + t;  // at least a tile fits
-      return row + (slot < in.extent[2] ? slot : slot - in.extent[2]) * in.stride[2];
-    };
-    encoder.encode(encoder_type::make_tokens(tile_tokens, at),
-                   tile_address(spec.strips.which, spec, pages, to.page, head, to.slot), flags);
-  }
-  encoder.finish(flags);
-  detail::add_report(report, flags, 0);
-  end_one_of_two<is_key<Codec>>();
+  detail::begin_one_of_two<is_key<Codec>>();
+  encode_tiles<Codec, BFloat>(
+      n * pages.kv_heads, report,
+      [&](std::int64_t item, std::uint32_t& flags) {
+        const detail::quotient number(item, pages.kv_heads);
+        const tile_move move = moves[number.whole];
+        const detail::tile_place to = detail::place_of(move, in, pages, flags);
+        if (!to.valid) return place_type{};
+        return place_type{tile_address(spec.strips.which, spec, pages, to.page, number.rest, to.slot),
+                          static_cast<const char*>(detail::address(in, move.row, number.rest, 0, 0)), move.first};
+      },
+      [&](const place_type& at) {
+        const int count = at.tile != nullptr ? tile_tokens : 0;
+        return encoder_type::make_tokens(count, [&in, &at](int t) {
+          const std::int64_t slot = std::int64_t{at.number} + t;  // at least a tile fits
+          return at.row + (slot < in.extent[2] ? slot : slot - in.extent[2]) * in.stride[2];
+        });
+      });
+  detail::end_one_of_two<is_key<Codec>>();
 }
 
 /// What a warp of fused_decompress has in shared memory: the tile that it reconstructs, and the next one.
@@ -96,20 +156,6 @@ template <class Codec>
 inline constexpr int decompress_blocks = policy::decoder_blocks(warp::tile_decoder<Codec, false>::together,
                                                                 decompress_bytes<Codec>);
 
-/// A tile to reconstruct, null without a page; where its first token goes; its tokens.
-struct decompress_place {
-  const std::uint8_t* tile = nullptr;
-  char* row = nullptr;
-  int count = 0;
-
-  /// What this is in lane `lane`. All lanes take part.
-  __device__ decompress_place of_lane(int lane) const {
-    using detail::shuffle;
-    return {reinterpret_cast<const std::uint8_t*>(shuffle(reinterpret_cast<std::uintptr_t>(tile), lane)),
-            reinterpret_cast<char*>(shuffle(reinterpret_cast<std::uintptr_t>(row), lane)), shuffle(count, lane)};
-  }
-};
-
 /// Reconstructs every tile of one side into channels side by side, 8-byte aligned; tokens without a page become NaN.
 /// Grid: any number of blocks, of which the first have a tile more for each warp where tiles do not go round. Dynamic
 /// shared memory: a decompress_storage for each warp.
@@ -129,7 +175,9 @@ __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_block
   const std::int64_t first_round = share.whole * blockIdx.x + min_of<std::int64_t>(blockIdx.x, share.rest),
                      rounds = share.whole + (static_cast<int>(blockIdx.x) < share.rest ? 1 : 0);
   std::uint32_t flags = 0;
-  decompress_place ahead, now;  // of a round to come, each lane its own; of the round before, requested there
+  // Of a round to come, each lane its own; of the round before, requested there. Tiles are null without a page, numbers
+  // are tokens.
+  coder_place<const std::uint8_t, char> ahead, now;
 #pragma unroll 1
   for (std::int64_t round = 0; round <= rounds; ++round) {
     const int lane = static_cast<int>(static_cast<std::uint32_t>(round) % warp_threads);
@@ -139,24 +187,24 @@ __global__ void __launch_bounds__(decompress_warps<Codec> * 32, decompress_block
       if (round + lane_id() < rounds && item < items) at = compress_place_of(spec.strips.which, spec, a, item, flags);
       ahead = {at.tile, static_cast<char*>(address(out, at.b, at.head, at.first, 0)), at.count};
     }
-    decompress_place next = ahead.of_lane(lane);
+    auto next = ahead.of_lane(lane);
     if (next.tile != nullptr) {
       ring.request({next.tile, storage_type::tile_bytes});
     } else {
-      for (int t = 0; t < next.count; ++t)
+      for (int t = 0; t < next.number; ++t)
         for (int c = lane_id(); c < Codec::head_dim; c += warp_threads)
           store_element(next.row + t * stride + 2 * c, out.type, nan_float());
-      next.count = 0;
+      next.number = 0;
     }
-    const std::uint8_t* const tile = now.count > 0 ? ring.wait() : nullptr;
+    const std::uint8_t* const tile = now.number > 0 ? ring.wait() : nullptr;
 #pragma unroll 1
-    for (int first = 0; first < now.count; first += warp_threads) {
+    for (int first = 0; first < now.number; first += warp_threads) {
       storage_type::decoder::decode(storage.rows, tile, first + lane_id());
       __syncwarp();
-      storage_type::decoder::store(storage.rows, now.count - first, now.row + first * stride, stride, wide);
+      storage_type::decoder::store(storage.rows, now.number - first, now.row + first * stride, stride, wide);
       __syncwarp();
     }
-    if (now.count > 0) ring.release();
+    if (now.number > 0) ring.release();
     now = next;
   }
   detail::add_report(a.report, flags, 0);

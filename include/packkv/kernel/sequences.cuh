@@ -178,7 +178,7 @@ struct sequence_attention_args {
 /// out = softmax(scale * in . k^) v^. The queries are the last positions: query i of n stands at token tokens - n + i
 /// and sees no later one. K and V may differ in how many of their tokens are coded.
 template <int KeyDim, int ValueDim, class KeySource, class ValueSource>
-__global__ void __launch_bounds__(policy::decode_warps * 32)
+__global__ void __launch_bounds__(policy::decode_warps * 32, 1)
     sequence_attention(const __grid_constant__ KeySource keys, const __grid_constant__ ValueSource values,
                        const __grid_constant__ sequence_args a, const __grid_constant__ sequence_attention_args more) {
   using namespace packkv::detail;

@@ -10,9 +10,9 @@ namespace packkv::policy {
 inline constexpr int encoder_warps = 4;   ///< of a block, each with tiles of its own
 inline constexpr int encoder_blocks = 4;  ///< of an SM: 128 registers a thread
 /// Of a warp that codes, at least that many if there are enough: the doubtful tokens of several are coded together.
-/// 8 x 32k tokens in milliseconds (H200, 2026-11-30; two_bit, four_bit, two_bit untransformed): 8 tiles 0.548, 0.659,
-/// 0.442; as many as make one wave of blocks (16) 0.567, 0.671, 0.433.
-inline constexpr int encoder_tiles = 8;
+/// 8 x 32k tokens in milliseconds (H200, 2026-12-01; two_bit, four_bit, two_bit untransformed): 4 tiles 0.409, 0.431,
+/// 0.338; 8 0.404, 0.434, 0.340; 16, which make one wave of blocks, 0.398, 0.427, 0.336.
+inline constexpr int encoder_tiles = 16;
 
 /// Warps of a block of fused_decompress, each with tiles of its own in so much shared memory: a block fits into the 99
 /// KiB that the smallest GPUs have for one.

@@ -8,54 +8,11 @@
 //   if (coded.code()) coded.store();
 #pragma once
 
+#include <packkv/thread/definition.cuh>
 #include <packkv/warp/plan_token.cuh>
 #include <packkv/warp/tile_encoder.cuh>
 
 namespace packkv::warp {
-
-/// Divides by one number: the bits of div_rn where both numbers and the quotient lie far from the ends of float's
-/// range. Newton's iteration as compilers do it, with the reciprocal kept.
-class repeated_division {
- public:
-  __device__ explicit repeated_division(float by) : minus_by_(-by) {
-    const float first = detail::reciprocal_fast(by);
-    reciprocal_ = detail::fma_rn(first, detail::fma_rn(minus_by_, first, 1.0f), first);
-  }
-  __device__ float quotient(float x) const {
-    using detail::fma_rn;
-    float q = detail::mul_rn(x, reciprocal_);
-    q = fma_rn(reciprocal_, fma_rn(minus_by_, q, x), q);
-    return fma_rn(reciprocal_, fma_rn(minus_by_, q, x), q);
-  }
-
- private:
-  float minus_by_, reciprocal_;
-};
-
-/// A row scale: the half nearest to a root mean square.
-struct row_scale_number {
-  float value = 0.0f;  ///< 0: left to row_scale_bits
-
-  /// Of the mean of squares, whatever the order in which it was summed. 12 bits hold the border between two halves, and
-  /// 24 its square, so that a difference says on which side the root lies; the definition's root is rounded to float
-  /// first, which makes those within half a float of the border lie on it.
-  __device__ explicit row_scale_number(double mean) {
-    using namespace packkv::detail;
-    const auto rough = static_cast<float>(mean);
-    const float root = rough * reciprocal_sqrt_fast(rough);
-    if (!(root >= 0x1p-13f && root < 65000.0f)) return;
-    const std::uint32_t below = bit_cast<std::uint32_t>(root) & 0xffffe000u;
-    const auto border = bit_cast<float>(below | 0x1000u);
-    const auto above = static_cast<float>(mean - double{border} * double{border});
-    const float on_it = border * bit_cast<float>((below & 0x7f800000u) - (23u << 23));
-    if (fabsf(fabsf(above) - on_it) <= on_it * 0x1p-16f) return;
-    const bool up = above > on_it || (above > -on_it && (below & 0x2000u) != 0);  // the even one from the border
-    value = bit_cast<float>(below + (up ? 0x2000u : 0u));
-  }
-  __device__ std::uint16_t half_bits() const {
-    return static_cast<std::uint16_t>((detail::bit_cast<std::uint32_t>(value) >> 13) - (112u << 10));
-  }
-};
 
 /// Whether a codec has a lone_token. Its tokens must not have offsets or calibrated steps.
 template <class Codec>
@@ -87,10 +44,12 @@ class lone_token {
     using namespace packkv::detail;
     double sum = 0.0;
     for (const float x : y_) sum = add_square(sum, x);
-    const row_scale_number scale(warp_sum(sum) * (1.0 / Codec::head_dim));  // not finite: no number
+    const thread::row_scale_number scale(warp_sum(sum) * (1.0 / Codec::head_dim));  // not finite: no number
     scale_ = scale.half_bits();
     traded_ = words_type::trade_neighbours(codes_of(y_, scale.value));
-    return scale.value != 0.0f && !has_tiny(y_);
+    bool tiny = false;
+    for (const float x : y_) tiny = tiny || thread::is_tiny<BFloat>(x);
+    return scale.value != 0.0f && __any_sync(all_lanes, tiny) == 0;
   }
   /// Stores it where it was aimed at.
   __device__ void store() const {
@@ -117,24 +76,13 @@ class lone_token {
     }
     for (float& x : y) x = mul_rn(x, hadamard_scale(block));
   }
-  /// Whether an element is so small that a division may lose it; of halves none is.
-  __device__ static bool has_tiny([[maybe_unused]] const float (&y)[4]) {
-    if constexpr (!BFloat) return false;
-    bool tiny = false;
-    for (const float x : y) tiny = tiny || (x != 0.0f && fabsf(x) < 0x1p-80f);
-    return __any_sync(detail::all_lanes, tiny) != 0;
-  }
   /// encode_element of the lane's four, a byte each.
   __device__ static std::uint32_t codes_of(const float (&y)[4], float row) {
     using namespace packkv::detail;
     const auto [width, step] = words_type::strip_of(4 * lane_id());
-    const auto half = static_cast<float>(1 << width >> 1);
-    const repeated_division by(mul_rn(row, step));
+    const thread::repeated_division by(mul_rn(row, step));
     std::uint32_t codes = 0;
-    for (int j = 0; j < 4; ++j) {
-      const float u = fminf(fmaxf(by.quotient(y[j]), -half), half - 0.5f);
-      codes |= static_cast<std::uint32_t>(static_cast<int>(floorf(u)) + (1 << width >> 1)) << (8 * j);
-    }
+    for (int j = 0; j < 4; ++j) codes |= thread::code_of(by.quotient(y[j]), width) << (8 * j);
     return codes;
   }
 

@@ -71,25 +71,53 @@ struct token_octet {
                                      : packkv::detail::value_field(Bits, base, token, channel);
   }
 
-  /// Puts the codes of channels 16 * Block + first .. + 3, `first` a multiple of 4, of a token into a tile whose other
-  /// bits belong to others.
-  template <int Block>
-  __device__ static void store_codes(const std::uint32_t (&codes)[4], int token, int first, const shared_words& words) {
-    for_planes<Block>([&](auto bits, auto base, auto from) {
-      constexpr std::uint32_t mask = (1u << decltype(bits)::value) - 1;
-      code_write write{0, 0, 0};
-      for (int j = 0; j < 4; ++j) {
-        const bit_field f = field<decltype(bits)::value>(decltype(base)::value, token, 16 * Block + first + j);
-        write.word = f.word;
-        write.mask |= mask << f.bit;
-        write.bits |= (codes[j] >> decltype(from)::value & mask) << f.bit;
-        if (strips.which == side::value || j == 3) {  // the four codes of a key are in one word
-          words(write);
-          write.mask = write.bits = 0;
+  /// A lane's codes of a token that lies in a tile already, of the channels first .. first + 3 of every 16, and what
+  /// the words with them were when this was made. Other bits belong to others, who may change them meanwhile.
+  class stored_codes {
+   public:
+    /// `first`: a multiple of 4.
+    __device__ stored_codes(std::uint8_t* tile, int token, int first) : words_(tile), token_(token), first_(first) {
+      detail::for_constants<blocks>([&](auto block) {
+        constexpr int b = decltype(block)::value;
+        for_planes<b>([&](auto bits, auto base, auto from) {
+          for (int w = 0; w < words; ++w)
+            loaded_[b][decltype(from)::value > 0][w] =
+                words_.load(field<decltype(bits)::value>(decltype(base)::value, token_, 16 * b + first_ + w).word);
+        });
+      });
+    }
+    /// Makes them these, of block Block: few are not.
+    template <int Block>
+    __device__ void become(const std::uint32_t (&codes)[4]) const {
+      for_planes<Block>([&](auto bits, auto base, auto from) {
+        constexpr std::uint32_t mask = (1u << decltype(bits)::value) - 1;
+        code_write write{0, 0, 0};
+        for (int j = 0; j < 4; ++j) {
+          const auto field_of = [&](int token) {
+            return field<decltype(bits)::value>(decltype(base)::value, token, 16 * Block + first_ + j);
+          };
+          const int bit = field_of(token_).bit;
+          write.mask |= mask << bit;
+          write.bits |= (codes[j] >> decltype(from)::value & mask) << bit;
+          if (words > 1 || j == 3) {
+            const std::uint32_t loaded = loaded_[Block][decltype(from)::value > 0][words > 1 ? j : 0];
+            if ((loaded & write.mask) != write.bits) {
+              // Worked out again: addresses of all words would fill the registers.
+              write.word = field_of(static_cast<int>(detail::opaque(static_cast<std::uint32_t>(token_)))).word;
+              words_.replace(write, loaded);
+            }
+            write.mask = write.bits = 0;
+          }
         }
-      }
-    });
-  }
+      });
+    }
+
+   private:
+    static constexpr int words = strips.which == side::value ? 4 : 1;  ///< of a plane; a key's four codes share one
+    shared_words words_;
+    int token_, first_;
+    std::uint32_t loaded_[blocks][2][words];
+  };
 };
 
 }  // namespace packkv::warp
