@@ -20,17 +20,22 @@ struct word_copy {
   }
 };
 
+/// What a late kernel makes.
+struct word_copies {
+  word_copy of[5] = {};
+};
+
 /// Makes its outputs after a while. The kernel behind it may begin before, as soon as those before it have ended.
-__global__ void __launch_bounds__(256) make_late(word_copy a, word_copy b, word_copy c, int cycles) {
+__global__ void __launch_bounds__(256) make_late(word_copies late, int cycles) {
   pk::detail::wait_for_kernel_before();
   for (const long long begin = clock64(); clock64() - begin < cycles;) {
   }
-  a.run(), b.run(), c.run();
+  for (const word_copy& x : late.of) x.run();
 }
 /// Sets lengths, and makes NaN of what make_late will make.
-__global__ void __launch_bounds__(256) begin_round(word_copy lengths, word_copy a, word_copy b, word_copy c) {
+__global__ void __launch_bounds__(256) begin_round(word_copy lengths, word_copies late) {
   lengths.run();
-  for (const word_copy& x : {a, b, c})
+  for (const word_copy& x : late.of)
     for (int i = static_cast<int>(threadIdx.x); i < x.count; i += 256) x.to[i] = 0x7fff;
 }
 
@@ -41,17 +46,22 @@ constexpr int sets = 2;  ///< of lengths, which take turns
 /// A cache with two sets of lengths, and a graph of rounds: lengths, then late inputs, then a call.
 class late_rounds {
  public:
-  late_rounds() : random(11), cache(random, cache_shape{3, 2, 400, 1, pk::dtype::float16}, format{}) {
-    const std::vector<std::int32_t> lengths[sets] = {{400, 131, 64}, {90, 400, 1}};
+  /// Of one sequence or three, of up to `tokens` tokens.
+  late_rounds(int batch, int tokens) : random(11), cache(random, shape_of(batch, tokens), format{}) {
+    std::vector<std::int32_t> lengths[sets] = {{tokens, 131, 64}, {90, tokens, 1}};
     cache.fill();  // of the cache's own lengths, and then of the longest
-    cache.lengths = {400, 400, 400};
+    cache.lengths.assign(static_cast<std::size_t>(batch), tokens);
     cache.fill();
-    for (int k = 0; k < sets; ++k) of_set[k] = device_array<std::int32_t>(lengths[k]);
+    for (int k = 0; k < sets; ++k) {
+      lengths[k].resize(static_cast<std::size_t>(batch));
+      of_set[k] = device_array<std::int32_t>(lengths[k]);
+    }
     check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   }
   ~late_rounds() { (void)cudaStreamDestroy(stream); }
   late_rounds(const late_rounds&) = delete;
 
+  static cache_shape shape_of(int batch, int tokens) { return {batch, 2, tokens, 1, pk::dtype::float16}; }
   void set_lengths(int k) {
     cache.lengths = of_set[k].host();
     cache.device_lengths.assign(cache.lengths);
@@ -63,8 +73,7 @@ class late_rounds {
   /// Replays a graph of a round for each set of lengths: call(k) puts a call with a settled cache into the stream,
   /// whose result out(k) returns after the graph. How many results are not expected[k].
   template <class Call, class Out>
-  int different(word_copy a, word_copy b, word_copy c, const std::vector<float> (&expected)[sets], Call&& call,
-                Out&& out) {
+  int different(const word_copies& late, const std::vector<float> (&expected)[sets], Call&& call, Out&& out) {
     check_cuda(cudaDeviceSynchronize());
     cudaGraph_t graph;
     cudaGraphExec_t replay;
@@ -72,8 +81,8 @@ class late_rounds {
     for (int k = 0; k < sets; ++k) {
       const word_copy lengths{reinterpret_cast<const std::uint16_t*>(of_set[k].data()),
                               reinterpret_cast<std::uint16_t*>(cache.device_lengths.data()), 2 * cache.shape.batch};
-      REQUIRE(pk::detail::launch(begin_round, dim3(1), 256, stream, lengths, a, b, c));
-      REQUIRE(pk::detail::launch_early(make_late, dim3(1), 256, stream, a, b, c, int{late_cycles}));
+      REQUIRE(pk::detail::launch(begin_round, dim3(1), 256, stream, lengths, late));
+      REQUIRE(pk::detail::launch_early(make_late, dim3(1), 256, stream, late, int{late_cycles}));
       REQUIRE(call(k));
     }
     check_cuda(cudaStreamEndCapture(stream, &graph));
@@ -98,21 +107,22 @@ class late_rounds {
   cudaStream_t stream = nullptr;
 };
 
-void check_late_queries(int group, int query_len) {
-  INFO("group " << group << ", " << query_len << " query tokens");
-  late_rounds rounds;
+void check_late_queries(int batch, int tokens, int group, int query_len) {
+  INFO(batch << " sequences, group " << group << ", " << query_len << " query tokens");
+  late_rounds rounds(batch, tokens);
   decode_problem problem(rounds.random, rounds.cache, group, 1);
   problem.options = {};
   problem.options.base = pk::lse_base::e;
   problem.options.softmax_scale = 0.1f;
   problem.options.max_query_len = query_len;
   problem.with_kv_begin = problem.with_context = false;
-  problem.sinks = 0;
+  problem.sinks = 20;
+  problem.sink_keys = problem.overlay(rounds.random, batch, problem.sinks, format::key_head_dim);
+  problem.sink_values = problem.overlay(rounds.random, batch, problem.sinks, format::value_head_dim);
   problem.set_ring(rounds.random, 40);
-  for (int b = 0; b < rounds.cache.shape.batch; ++b)
-    problem.query_start[static_cast<std::size_t>(b + 1)] = query_len * (b + 1);
+  for (int b = 0; b < batch; ++b) problem.query_start[static_cast<std::size_t>(b + 1)] = query_len * (b + 1);
   problem.device_query_start.assign(problem.query_start);
-  problem.tokens = query_len * rounds.cache.shape.batch;
+  problem.tokens = query_len * batch;
   problem.queries =
       tensor_data(rounds.random, pk::dtype::float16, 1, problem.tokens, problem.heads(), format::key_head_dim);
   std::vector<float> expected[sets];
@@ -124,10 +134,11 @@ void check_late_queries(int group, int query_len) {
     out[k] = device_array<float>(expected[k].size());
   }
   REQUIRE(expected[0] != expected[1]);
-  device_array<std::uint16_t> queries, keys, values;
-  const word_copy of_queries = late_rounds::copy_of(problem.queries, queries),
-                  of_keys = late_rounds::copy_of(problem.ring_keys, keys),
-                  of_values = late_rounds::copy_of(problem.ring_values, values);
+  device_array<std::uint16_t> made[5];  // queries, and keys and values of ring and sinks
+  word_copies late;
+  const tensor_data* const of[5] = {&problem.queries, &problem.ring_keys, &problem.ring_values, &problem.sink_keys,
+                                    &problem.sink_values};
+  for (int i = 0; i < 5; ++i) late.of[i] = late_rounds::copy_of(*of[i], made[i]);
   device_array<std::uint8_t> workspace = problem.decode_workspace();
   check_cuda(cudaDeviceSynchronize());
   pk::exec e{rounds.stream, workspace.data(), workspace.size(), rounds.cache.device_report.data()};
@@ -136,26 +147,34 @@ void check_late_queries(int group, int query_len) {
   const auto call = [&](int k) {
     pk::input_view<3> q = problem.query_view(true);
     pk::cache_view view = problem.view(true);
-    q.data = queries.data();
-    view.ring.keys.data = keys.data();
-    view.ring.values.data = values.data();
+    q.data = made[0].data();
+    view.ring.keys.data = made[1].data();
+    view.ring.values.data = made[2].data();
+    view.sinks.keys.data = made[3].data();
+    view.sinks.values.data = made[4].data();
     return pk::decode_attention(q, problem.device_query_start.data(), view, rounds.cache.gpu_parameters(),
                                 problem.out_view(out[k].data()), problem.lse_view(lse.data()),
                                 problem.with_arrays(true), e);
   };
-  CHECK(rounds.different(of_queries, of_keys, of_values, expected, call, [&](int k) { return out[k].host(); }) == 0);
+  CHECK(rounds.different(late, expected, call, [&](int k) { return out[k].host(); }) == 0);
 }
 
 }  // namespace
 
-TEST_CASE("decode attention with a settled cache waits for queries and ring, and sees the lengths before them") {
-  check_late_queries(4, 1);
-  check_late_queries(8, 1);
-  check_late_queries(4, 4);
+TEST_CASE("decode attention with a settled cache waits for queries, sinks and ring, and sees the lengths before them") {
+  check_late_queries(3, 400, 4, 1);
+  check_late_queries(3, 400, 8, 1);
+  check_late_queries(3, 400, 4, 4);
+  check_late_queries(1, 400, 4, 1);
+  check_late_queries(1, 5000, 4, 1);
+  check_late_queries(1, 5000, 4, 4);
 }
 
-TEST_CASE("GEMVs with a settled cache wait for queries and weights, and see the lengths before them") {
-  late_rounds rounds;
+namespace {
+
+void check_late_gemv(int sequences, int most) {
+  INFO(sequences << " sequences");
+  late_rounds rounds(sequences, most);
   test_cache<format>& cache = rounds.cache;
   const int batch = cache.shape.batch, heads = cache.shape.kv_heads, tokens = cache.shape.max_tokens;
   cache.key_data = {}, cache.value_data = {};
@@ -188,14 +207,22 @@ TEST_CASE("GEMVs with a settled cache wait for queries and weights, and see the 
     }
     REQUIRE(expected[0] != expected[1]);
     device_array<std::uint16_t> late;
-    const word_copy copy = late_rounds::copy_of(from, late), none{nullptr, nullptr, 0};
+    word_copies copies;
+    copies.of[0] = late_rounds::copy_of(from, late);
     e.settled_cache = true;
     const auto call = [&](int k) {
       pk::input_view<3> x = sequence(from.device());
       x.data = late.data();
       return multiply(x, out[k].data());
     };
-    CHECK(rounds.different(copy, none, none, expected, call, [&](int k) { return out[k].host(); }) == 0);
+    CHECK(rounds.different(copies, expected, call, [&](int k) { return out[k].host(); }) == 0);
   }
+}
+
+}  // namespace
+
+TEST_CASE("GEMVs with a settled cache wait for queries and weights, and see the lengths before them") {
+  check_late_gemv(3, 400);
+  check_late_gemv(1, 5000);
 }
 #endif

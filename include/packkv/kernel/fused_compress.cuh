@@ -62,7 +62,7 @@ __device__ void encode_tiles(std::int64_t items, device_report* report, PlaceOf&
       if (i == 0) {
         const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * policy::encoder_warps;
         const std::int64_t own = storage.item + lane_id() * step;
-        const place_type before = place[warp_threads];
+        const place_type &last = place[warp_threads], before = {last.tile, last.row, last.number};
         __syncwarp();
         rounds = __popc(__ballot_sync(all_lanes, own < items));
         place[1 + lane_id()] = own < items ? place_of(own, flags) : place_type{};
