@@ -166,7 +166,40 @@ void check_few_blocks(random_source& random, unsigned blocks) {
   });
 }
 
+template <class Codec>
+pk::status compress_with(unsigned blocks, const pk::kernel::compress_args& args, const pk::input_view<4>& in) {
+  return pk::detail::launch(in.type == pk::dtype::bfloat16 ? pk::kernel::fused_compress<Codec, true>
+                                                           : pk::kernel::fused_compress<Codec, false>,
+                            dim3(blocks), pk::detail::encoder_block<Codec, Codec>(), cudaStream_t{}, args, in);
+}
+
+/// 144 tiles of a side; a warp knows the places of 32 tiles at a time.
+template <class Format>
+void check_few_encoders(random_source& random, unsigned blocks, int tiles_of_head) {
+  cache_shape shape;
+  shape.batch = 2, shape.kv_heads = 3, shape.max_tokens = tiles_of_head * 64 - 5, shape.tiles_per_page = 5;
+  auto cache = hard_cache<Format>(random, shape);
+  REQUIRE(cache.compress_reference());
+  const auto keys = cache.keys.device(), values = cache.values.device();
+  const auto args = pk::detail::make_compress_args<Format>(keys.extent, cache.device_lengths.data(), cache.gpu_pages(),
+                                                           cache.gpu_table(), cache.exec());
+  REQUIRE(compress_with<typename Format::key_codec_type>(blocks, args, keys));
+  REQUIRE(compress_with<typename Format::value_codec_type>(blocks, args, values));
+  CHECK((cache.device_pages.host() == cache.pages));
+  CHECK(cache.gpu_report().flags == cache.report.flags);
+}
+
 }  // namespace
+
+TEST_CASE("a warp that codes many tiles gives the reference's bytes") {
+  random_source random(8170);
+  for (const unsigned blocks : {1u, 2u, 50u})
+    for (const int tiles_of_head : {24, 22, 21}) {  // 36, 33 and 31 or 32 of a warp of the only block
+      INFO("blocks " << blocks << ", tiles " << tiles_of_head);
+      check_few_encoders<two_bit>(random, blocks, tiles_of_head);
+      check_few_encoders<gathered_values>(random, blocks, tiles_of_head);
+    }
+}
 
 TEST_CASE("a warp that reconstructs several tiles gives the reference's bits") {
   random_source random(8150);
