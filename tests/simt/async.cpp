@@ -94,7 +94,7 @@ void end_phase_if_complete(std::uint64_t* state, barrier_state& b) {
 
 void land(copy& c) {
   c.landed = true;
-  std::memcpy(c.to, c.from, c.source_bytes);
+  if (c.source_bytes > 0) std::memcpy(c.to, c.from, c.source_bytes);  // from nowhere, otherwise
   std::memset(c.to + c.source_bytes, 0, c.bytes - c.source_bytes);
   if (c.barrier == nullptr) return;
   barrier_state& b = a_.barriers.at(c.barrier);

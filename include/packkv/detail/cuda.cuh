@@ -184,6 +184,15 @@ __device__ inline std::uint32_t load_changing(std::uint32_t* p) {
 #endif
 }
 
+/// p + bytes; of a null pointer, too, from which nothing is read then. (To compilers for the CPU that is undefined.)
+__device__ inline const char* away(const char* p, std::int64_t bytes) {
+#if defined(PACKKV_SIMT_EXECUTOR)
+  return reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes));
+#else
+  return p + bytes;
+#endif
+}
+
 /// A load of global memory that begins before whatever comes behind it: others may be moved to where they are needed.
 PACKKV_HOST_DEVICE inline std::int32_t load_now(const std::int32_t* p) {
 #if defined(__CUDA_ARCH__) && !defined(PACKKV_SIMT_EXECUTOR)

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
         return place_type{at.tile, row, at.tile != nullptr ? at.count : 0};
       },
       [&](const place_type& at) {
-        return encoder_type::make_tokens(at.number, [&in, &at](int t) { return at.row + t * in.stride[2]; });
+        return encoder_type::make_tokens(at.number,
+                                         [&in, &at](int t) { return detail::away(at.row, t * in.stride[2]); });
       });
   detail::end_one_of_two<is_key<Codec>>();
 }
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(policy::encoder_warps * 32, policy::encoder_bl
         const int count = at.tile != nullptr ? tile_tokens : 0;
         return encoder_type::make_tokens(count, [&in, &at](int t) {
           const std::int64_t slot = std::int64_t{at.number} + t;  // at least a tile fits
-          return at.row + (slot < in.extent[2] ? slot : slot - in.extent[2]) * in.stride[2];
+          return detail::away(at.row, (slot < in.extent[2] ? slot : slot - in.extent[2]) * in.stride[2]);
         });
       });
   detail::end_one_of_two<is_key<Codec>>();

@@ -234,9 +234,11 @@ class tile_encoder {
   __device__ void request(int stage, int first, Tokens&& of) {
     const auto tile = of(first < tile_tokens ? 0 : 1);
     const int t = first % tile_tokens + lane_ / 4;
-    const auto from = static_cast<const char*>(tile.at(t)) + 8 * (lane_ % 4);
+    const auto token = static_cast<const char*>(tile.at(t));
+    const char* const from = detail::away(token, 8 * (lane_ % 4));
     for (int b = 0; b < blocks; ++b)
-      detail::copy_async<8>(&storage_.arriving[stage][b / 2][lane_].word[2 * (b % 2)], from + 32 * b, t < tile.count);
+      detail::copy_async<8>(&storage_.arriving[stage][b / 2][lane_].word[2 * (b % 2)], detail::away(from, 32 * b),
+                            t < tile.count);
     detail::commit_copies();
   }
   /// The elements that were requested first, which are in `stage`.
