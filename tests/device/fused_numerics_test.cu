@@ -14,8 +14,7 @@ void check_data(pk::dtype type, int group, int splits, Key&& key, Value&& value,
                 float scale = 0.0f) {
   random_source random(8000u + static_cast<unsigned>(group));
   test_cache<Format> cache(random, cache_shape{1, 1, 64 * 9 + 17, 2, type}, Format{});
-  cache.key_data.offset.clear();
-  cache.key_data.device_offset = {};
+  cache.key_data.clear_offset();
   change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return key(static_cast<float>(t), c, x); });
   change(cache.values, [&](auto, auto, auto t, auto c, float x) { return value(static_cast<int>(t), c, x); });
   auto problem = plain_problem(random, cache, group, 2);
@@ -73,10 +72,8 @@ void check_sample(int splits) {
     }
   cache.key_data.device_columns = device_array<float>(cache.key_data.columns);
   cache.value_data.device_columns = device_array<float>(cache.value_data.columns);
-  cache.key_data.offset.clear();
-  cache.value_data.offset.clear();
-  cache.key_data.device_offset = device_array<float>();
-  cache.value_data.device_offset = device_array<float>();
+  cache.key_data.clear_offset();
+  cache.value_data.clear_offset();
   auto problem = plain_problem(random, cache, query_heads / kv_heads, queries);
   const half_array from = read_sample("q.npy");
   change(problem.queries, [&](auto, auto i, auto h, auto c, float) {
@@ -103,6 +100,22 @@ void check_nan_rows(const Result& got, const Result& expected, int dim, int at_l
   CHECK(wrong == 0);
   CHECK(rows >= at_least);
   CHECK(rows < static_cast<int>(got.lse.size()));
+}
+
+/// Lane 31 has token 7 of every eight for row 3 of four. Other rows see keys that hardly differ.
+template <class Format>
+void check_score_of_one_lane() {
+  random_source random(8950);
+  test_cache<Format> cache(random, cache_shape{1, 1, 64 * 40 + 17, 2, pk::dtype::float16}, Format{});
+  cache.key_data.clear_offset();
+  change(cache.keys, [](auto, auto, auto t, auto, float x) {
+    return t >= 64 * 20 && t % 8 == 7 ? 10.0f + 0.02f * static_cast<float>(t) : 0.1f * x;
+  });
+  auto problem = plain_problem(random, cache, 4, 1);
+  change(problem.queries, [](auto, auto, auto h, auto, float x) { return h == 3 ? 1.0f : 0.01f * x; });
+  problem.options.splits = 1;
+  const auto expected = problem.reference(), got = problem.device();
+  check_rows<Format>(got, expected);
 }
 
 /// `spoil` puts NaN into a problem whose rows then see different tokens; `least`: rows that are NaN then.
@@ -213,6 +226,11 @@ TEST_CASE("fused decode: scores that rise, fall, stay equal or stand out, slowly
   // Weights that a half still holds relative to a maximum that lags behind.
   check([](float t) { return 0.7f * std::floor(t / 64.0f); });
   check_all<two_bit>(pk::dtype::float16, along([](float t) { return 0.01f * t; }), same, ones);
+}
+
+TEST_CASE("fused decode: a score that one lane alone has stands out, behind tiles that have set the unit") {
+  check_score_of_one_lane<dim_64>();
+  check_score_of_one_lane<kivi>();
 }
 
 TEST_CASE("fused decode: keys of zeros, and queries of zeros and of extreme size") {

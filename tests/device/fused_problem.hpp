@@ -121,20 +121,4 @@ decode_problem<Format> plain_problem(random_source& random, test_cache<Format>& 
   return problem;
 }
 
-/// element(row, head, token, channel, what is there) for every element of a tensor.
-template <class Element>
-void change(tensor_data& x, Element&& element) {
-  std::size_t at = 0;
-  for (std::int64_t r = 0; r < x.rows; ++r)
-    for (std::int64_t h = 0; h < x.heads; ++h)
-      for (std::int64_t t = 0; t < x.tokens; ++t, at += static_cast<std::size_t>(x.pad))
-        for (std::int64_t c = 0; c < x.dim; ++c, ++at) {
-          auto& bits = x.host_bits[at];
-          const bool half = x.type == pk::dtype::float16;
-          const float y = element(r, h, t, c, half ? pk::half_to_float(bits) : pk::bfloat16_to_float(bits));
-          bits = half ? pk::float_to_half(y) : pk::float_to_bfloat16(y);
-        }
-  x.device_bits.assign(x.host_bits);
-}
-
 }  // namespace packkv_test

@@ -106,6 +106,7 @@ TEST_CASE("fused decode agrees with the reference for random shapes, masks and o
     check_random_call<dim_192>(random, group());
     check_random_call<dim_256>(random, group());
     check_random_call<dim_512>(random, group());
+    check_random_call<dim_512>(random, 16);  // blocks of two warps
   }
 }
 
@@ -350,6 +351,18 @@ TEST_CASE("fused decode leaves rows that no sequence owns as they are") {
     const bool owned = row / 4 >= 2 && row / 4 < 7;
     CHECK((got.lse[row] == 7.0f) == !owned);
     CHECK((got.out[row * 64] == 7.0f && got.out[row * 64 + 63] == 7.0f) == !owned);
+  }
+}
+
+TEST_CASE("fused decode: the last row of a pass alone sees a tile, and alone does not see a token") {
+  random_source random(8802);
+  for (const int queries : {4, 8, 16}) {  // as many as a pass has rows
+    const int tokens = 192 + 1;           // the last of them in a tile of its own
+    test_cache<dim_64> cache(random, cache_shape{1, 1, tokens, 1, pk::dtype::float16}, dim_64{});
+    auto problem = plain_problem(random, cache, 1, queries);
+    problem.options.window = 64;  // the last sees the tokens from 129 on, the one before it from 128 on
+    INFO(queries << " query tokens");
+    check_rows<dim_64>(problem.device(), problem.reference());
   }
 }
 

@@ -223,7 +223,7 @@ void check_weights_of_any_size() {
   random_source random(8301);
   cache_shape shape;
   shape.kv_heads = 2;
-  shape.max_tokens = 11 * 64 - 5;
+  shape.max_tokens = 27 * 64 - 5;  // several tiles of a warp
   test_cache<Format> cache(random, shape, Format{});
   cache.lengths[0] = shape.max_tokens;
   cache.device_lengths.assign(cache.lengths);
@@ -296,6 +296,49 @@ void check_weights_of_any_size() {
   }
 }
 
+template <class Format>
+void check_query_that_is_not_finite() {
+  constexpr int dim = Format::key_head_dim, tokens = 70;
+  random_source random(8302);
+  test_cache<Format> cache(random, cache_shape{1, 1, tokens, 1, pk::dtype::float16}, Format{});
+  // With such offsets a score of an infinite query is -inf, but for the rule that it is NaN.
+  cache.key_data.offset.assign(dim, -0.5f);
+  cache.key_data.device_offset = device_array<float>(cache.key_data.offset);
+  cache.fill();
+  for (const int channel : {9, 31, dim - 1}) {
+    operand q(random, pk::dtype::float32, 1, 5, dim);
+    q.fill([&](std::int64_t, std::int64_t h, std::int64_t c) {
+      return h == 2 && c == channel ? INFINITY : random.normal();
+    });
+    operand scores(random, pk::dtype::float16, 1, 5, tokens);
+    const pk::output_view<3> to = scores.device_out();
+    REQUIRE(pk::key_gemv(q.device_in(), cache.gpu_cache(), cache.gpu_parameters(), 1.0f, to, cache.exec()));
+    std::vector<std::uint8_t> between;
+    const auto x = scores.floats(scores.device_bytes.host(), between);
+    INFO("channel " << channel);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      if (static_cast<int>(i % tokens) < cache.lengths[0]) CHECK(std::isnan(x[i]) == (i / tokens == 2));
+  }
+}
+
+/// Lane 31 has token 7 of every eight for row 3 of four.
+template <class Format>
+void check_weights_of_one_lane() {
+  random_source random(8304);
+  constexpr int tokens = 64 * 40;
+  test_cache<Format> cache(random, cache_shape{1, 1, tokens, 2, pk::dtype::float16}, Format{});
+  cache.lengths[0] = tokens;
+  cache.device_lengths.assign(cache.lengths);
+  cache.fill();
+  gemvs<Format> g(cache, 4);
+  operand weights(random, pk::dtype::float32, 1, g.heads, tokens);
+  weights.fill([&](std::int64_t, std::int64_t h, std::int64_t t) {
+    return random.normal() * (h == 3 && t >= tokens / 2 && t % 8 == 7 ? 1e6f : 1.0f);
+  });
+  operand out(random, pk::dtype::float32, 1, g.heads, Format::value_head_dim);
+  g.values(weights, out, 1);
+}
+
 }  // namespace
 
 TEST_CASE("static key_gemv and value_gemv agree with the reference for random shapes") {
@@ -348,19 +391,31 @@ TEST_CASE("value_gemv takes weights of any size, and a weight of 0 hides its tok
   check_weights_of_any_size<kivi>();
 }
 
-TEST_CASE("static key_gemv of a query that is not finite gives NaN in its row alone") {
-  random_source random(8302);
-  test_cache<two_bit> cache(random, cache_shape{1, 1, 70, 1, pk::dtype::float16}, two_bit{});
+TEST_CASE("value_gemv of groups of channels whose ranges lie far apart, the last beyond the others") {
+  random_source random(8303);
+  test_cache<kivi> cache(random, cache_shape{1, 1, 300, 1, pk::dtype::float16}, kivi{});
+  change(cache.values, [](auto, auto, auto, auto c, float x) { return c >= 96 ? std::ldexp(x, 12) : x; });
+  cache.lengths[0] = 300;
+  cache.device_lengths.assign(cache.lengths);
   cache.fill();
-  operand q(random, pk::dtype::float32, 1, 5, two_bit::key_head_dim);
-  q.fill([&](std::int64_t, std::int64_t h, std::int64_t c) { return h == 2 && c == 9 ? INFINITY : random.normal(); });
-  operand scores(random, pk::dtype::float16, 1, 5, 70);
-  const pk::output_view<3> to = scores.device_out();
-  REQUIRE(pk::key_gemv(q.device_in(), cache.gpu_cache(), cache.gpu_parameters(), 1.0f, to, cache.exec()));
-  std::vector<std::uint8_t> between;
-  const auto x = scores.floats(scores.device_bytes.host(), between);
-  for (std::size_t i = 0; i < x.size(); ++i)
-    if (static_cast<int>(i % 70) < cache.lengths[0]) CHECK(std::isfinite(x[i]) == (i / 70 != 2));
+  for (const int group : {1, 4, 8}) {
+    gemvs<kivi> g(cache, group);
+    operand weights(random, pk::dtype::float32, 1, g.heads, 300);
+    weights.fill([&](auto...) { return random.normal(); });
+    operand out(random, pk::dtype::float32, 1, g.heads, 128);
+    g.values(weights, out, 1);
+  }
+}
+
+TEST_CASE("static key_gemv of a query that is not finite gives NaN in its row alone") {
+  check_query_that_is_not_finite<two_bit>();
+  check_query_that_is_not_finite<mixed>();
+  check_query_that_is_not_finite<kivi>();
+}
+
+TEST_CASE("value_gemv: weights that one lane alone has stand out, behind tiles that have set the unit") {
+  check_weights_of_one_lane<two_bit>();
+  check_weights_of_one_lane<kivi>();
 }
 
 TEST_CASE("static value_gemv repeats bit for bit, whatever the splits") {

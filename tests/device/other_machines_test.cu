@@ -20,6 +20,16 @@ using bytes_512 = fused_format<
     pk::plan<8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8>,
     pk::identity, pk::identity>;
 
+/// What the kernel gives that is compiled so.
+template <copy_engine Engine, int SharedKib, class Format>
+auto decoded_with(decode_problem<Format>& problem) {
+  return problem.device([](const auto& queries, const std::int32_t* starts, const auto& view, const auto& parameters,
+                           const auto& out, const auto& lse, const auto& options, const pk::exec& e) {
+    return pk::detail::decode_fused<Format, Engine, SharedKib>(queries, starts, view, parameters, out, lse, options,
+                                                               pk::block::plain_scores{}, e);
+  });
+}
+
 template <copy_engine Engine, int SharedKib, class Format>
 void check_call(random_source& random, int group) {
   test_cache<Format> cache(random, random_shape(random, most_tokens), Format{});
@@ -27,13 +37,7 @@ void check_call(random_source& random, int group) {
   decode_problem<Format> problem(random, cache, group, 4);
   INFO("head dim " << Format::key_head_dim << ", group " << group << ", " << SharedKib << " KiB");
   const auto expected = problem.reference();
-  const auto got =
-      problem.device([](const auto& queries, const std::int32_t* starts, const auto& view, const auto& parameters,
-                        const auto& out, const auto& lse, const auto& options, const pk::exec& e) {
-        return pk::detail::decode_fused<Format, Engine, SharedKib>(queries, starts, view, parameters, out, lse, options,
-                                                                   pk::block::plain_scores{}, e);
-      });
-  check_rows<Format>(got, expected);
+  check_rows<Format>(decoded_with<Engine, SharedKib>(problem), expected);
   CHECK(cache.gpu_report().flags == cache.report.flags);
 }
 
@@ -53,6 +57,17 @@ TEST_CASE("fused decode with cp.async and the shared memory of other architectur
     check_call<copy_engine::per_thread, 100, dim_192>(random, random.between(1, 16));
     check_call<copy_engine::bulk, 100, dim_512>(random, random.between(5, 16));
   }
+}
+
+TEST_CASE("a warp of fused decode that has more tiles than it looks up at once") {
+  random_source random(9450);
+  // A block of one warp, and no more blocks than units.
+  CHECK(pk::kernel::fused_shape<dim_512, 8>(100, 1).warps == 1);
+  test_cache<dim_512> cache(random, cache_shape{1, 1, 64 * 34 + 5, 3, pk::dtype::float16}, dim_512{});
+  auto problem = plain_problem(random, cache, 5, 1);
+  problem.options.splits = 1;
+  const auto expected = problem.reference();
+  check_rows<dim_512>(decoded_with<copy_engine::bulk, 100>(problem), expected);
 }
 
 TEST_CASE("a pass takes as many query rows as fit into the shared memory, and every architecture takes some") {

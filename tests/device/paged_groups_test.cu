@@ -37,18 +37,6 @@ void for_each_grouped_format(random_source& random, Function&& f) {
   f(random_format<128>(random));
 }
 
-/// A test cache with channel offsets in one of two.
-template <class Format>
-test_cache<Format> random_cache(random_source& random, const cache_shape& shape, const Format& format) {
-  test_cache<Format> cache(random, shape, format);
-  for (auto [data, spec] : {std::pair(&cache.key_data, format.key()), std::pair(&cache.value_data, format.value())})
-    if (spec.kind == pk::codec_kind::grouped && random.one_in(2)) {
-      for (int i = 0; i < shape.kv_heads * spec.head_dim; ++i) data->offset.push_back(0.5f * random.normal());
-      data->device_offset = device_array<float>(data->offset);
-    }
-  return cache;
-}
-
 }  // namespace
 
 TEST_CASE("grouped pages: compress and decompress on the device give the reference's bytes and bits") {
@@ -57,7 +45,7 @@ TEST_CASE("grouped pages: compress and decompress on the device give the referen
     INFO("seed " << seed);
     random_source random(seed);
     for_each_grouped_format(random, [&](const auto& format) {
-      auto cache = random_cache(random, random_shape(random, most_tokens), format);
+      test_cache cache(random, random_shape(random, most_tokens), format);
       // What no group can hold: a NaN in a key, an infinity in a value, and values that leave the range of halves.
       const bool nan = random.one_in(2);
       change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return nan && t == 3 && c == 5 ? NAN : x; });
@@ -114,7 +102,7 @@ TEST_CASE("store_tiles gives the bytes of compress, from a ring as well, and rep
     const auto check = [&](const auto& format) {
       cache_shape shape = random_shape(random, 320);
       shape.max_tokens = std::max(shape.max_tokens, 128);
-      auto cache = random_cache(random, shape, format);
+      test_cache cache(random, shape, format);
       const std::int64_t page_tokens = 64 * shape.tiles_per_page;
       const auto slot_of = [&](int b, int t) {
         std::uint32_t flags = 0;
@@ -192,7 +180,7 @@ TEST_CASE("store_tiles gives the bytes of compress, from a ring as well, and rep
 TEST_CASE("grouped pages: tokens are stored one by one where no keys share their groups, else refused untouched") {
   random_source random(8580);
   const auto check = [&](const auto& format, bool possible) {
-    auto cache = random_cache(random, cache_shape{1, 2, 100, 1, pk::dtype::bfloat16}, format);
+    test_cache cache(random, cache_shape{1, 2, 100, 1, pk::dtype::bfloat16}, format);
     std::vector<std::int64_t> slots;
     for (int t = 0; t < 100; ++t) slots.push_back(cache.table[static_cast<std::size_t>(t / 64)] * 64 + t % 64);
     const auto poisoned = cache.pages;
@@ -219,7 +207,7 @@ TEST_CASE("grouped pages: the simple kernels agree with the reference, plans kno
     INFO("seed " << seed);
     random_source random(seed);
     for_each_grouped_format(random, [&](const auto& format) {
-      auto cache = random_cache(random, random_shape(random, most_tokens), format);
+      test_cache cache(random, random_shape(random, most_tokens), format);
       cache.fill();
       decode_problem problem(random, cache, random.between(1, 5));
       const auto expected = problem.reference();
@@ -368,10 +356,13 @@ TEST_CASE("grouped pages: a NaN makes exactly the rows NaN that see its group") 
 }
 
 TEST_CASE("grouped pages: extremes of scales and scores, and many equal weights") {
+  int tokens = 64 * 9 + 17;
   const auto check = [&](pk::dtype type, auto key, auto value, auto query, float scale = 0.0f, double floor = 1e-3) {
     for (const int group : {2, 4, 8}) {
       random_source random(8800u + static_cast<unsigned>(group));
-      test_cache<kivi> cache(random, cache_shape{1, 1, 64 * 9 + 17, 2, type}, kivi{});
+      test_cache<kivi> cache(random, cache_shape{1, 1, tokens, 2, type}, kivi{});
+      cache.key_data.clear_offset();
+      cache.value_data.clear_offset();
       change(cache.keys, [&](auto, auto, auto t, auto c, float x) { return key(static_cast<float>(t), c, x); });
       change(cache.values, [&](auto, auto, auto t, auto c, float x) { return value(static_cast<float>(t), c, x); });
       auto problem = plain_problem(random, cache, group, 2);
@@ -416,6 +407,44 @@ TEST_CASE("grouped pages: extremes of scales and scores, and many equal weights"
       [](float, auto, float x) { return x * 1e30f; }, 1e-28f);
   check(
       pk::dtype::float16, same, [](float, auto, float x) { return x * 1e-3f; }, same, 0.0f, 1e-6);
+  // One channel, and one group of channels, that stand out: the last.
+  check(
+      pk::dtype::bfloat16, same, same, [](float, auto c, float x) { return c == 127 ? 1e6f : x; }, 1e-6f);
+  check(
+      pk::dtype::float16, same, [](float, auto c, float x) { return c >= 96 ? std::ldexp(x, 12) : x; }, same);
+  // So many tiles that a warp has several.
+  tokens = 64 * 40 + 17;
+  check(
+      pk::dtype::float16, [](float t, auto, float) { return 0.004f * t; }, same, ones);
+  check(
+      pk::dtype::float16, same, [](float t, auto, float x) { return std::ldexp(x, static_cast<int>(t) / 160 - 8); },
+      same);
+}
+
+TEST_CASE("grouped pages: what rounding does to weights leaves out of the sum what is 0") {
+  // In every group of channels the first is 2048 and the others, which count from the middle of the range, are 0: the
+  // product of a weight and half the range needs no rounding of its own.
+  for (const int group : {2, 4, 8})
+    for (const float step : {0.005f, 0.01f, 0.018f, 0.03f}) {
+      random_source random(8840);
+      test_cache<kivi> cache(random, cache_shape{1, 1, 300, 1, pk::dtype::float16}, kivi{});
+      cache.key_data.clear_offset();
+      cache.value_data.clear_offset();
+      change(cache.keys, [&](auto, auto, auto t, auto, float) { return t % 2 == 0 ? 0.0f : -step; });
+      change(cache.values, [](auto, auto, auto, auto c, float) { return c % 32 == 0 ? 2048.0f : 0.0f; });
+      auto problem = plain_problem(random, cache, group, 2);
+      change(problem.queries, [](auto...) { return 1.0f; });
+      const auto got = problem.device();
+      float least = INFINITY, most = 0.0f;
+      for (std::size_t i = 0; i < got.out.size(); ++i)
+        if (i % 32 == 0)
+          least = std::min(least, got.out[i]);
+        else
+          most = std::max(most, std::fabs(got.out[i]));
+      INFO("group " << group << ", step " << step);
+      CHECK(least > 2047.0f);
+      CHECK(most < 0.02f);
+    }
 }
 
 TEST_CASE("grouped pages: queries that are not finite give NaN in their rows alone") {
@@ -423,9 +452,16 @@ TEST_CASE("grouped pages: queries that are not finite give NaN in their rows alo
     random_source random(8850);
     test_cache<kivi_64> cache(random, cache_shape{1, 1, 100, 1, pk::dtype::float16}, kivi_64{});
     auto problem = plain_problem(random, cache, group, 3);
-    change(problem.queries, [&](auto, auto i, auto, auto c, float x) { return i == 1 && c == 40 ? NAN : x; });
-    const auto got = problem.device();
-    for (std::size_t i = 0; i < got.out.size(); ++i)
-      CHECK(std::isnan(got.out[i]) == (i / (64 * static_cast<std::size_t>(group)) == 1));
+    // With such offsets an infinite query makes every score -inf.
+    cache.key_data.offset.assign(64, -0.5f);
+    cache.key_data.device_offset = device_array<float>(cache.key_data.offset);
+    for (const auto& [channel, bad] : {std::pair(40, NAN), std::pair(63, INFINITY)}) {
+      change(problem.queries, [&](auto, auto i, auto, auto c, float x) {
+        return i != 1 ? x : c == channel ? bad : c % 8 == 0 ? 0.25f : 0.5f;
+      });
+      const auto got = problem.device();
+      for (std::size_t i = 0; i < got.out.size(); ++i)
+        CHECK(std::isnan(got.out[i]) == (i / (64 * static_cast<std::size_t>(group)) == 1));
+    }
   }
 }

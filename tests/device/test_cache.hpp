@@ -67,7 +67,7 @@ struct side_data {
       append_basis(of_basis, spec.head_dim, basis, basis_inverse);
     for (int i = 0; i < kv_heads * spec.leading; ++i)
       leading.push_back(0.02f + 0.03f * static_cast<float>(random.uniform()));
-    if (spec.kind == pk::codec_kind::plan && random.one_in(3))
+    if (spec.kind == pk::codec_kind::plan ? random.one_in(3) : spec.kind == pk::codec_kind::grouped && random.one_in(2))
       for (int i = 0; i < kv_heads * spec.head_dim; ++i) offset.push_back(0.5f * random.normal());
     device_basis = device_array<float>(basis);
     device_basis_inverse = device_array<float>(basis_inverse);
@@ -75,6 +75,10 @@ struct side_data {
     device_columns = device_array<float>(columns);
     device_leading = device_array<float>(leading);
     device_permutation = device_array<std::int16_t>(permutation);
+  }
+  void clear_offset() {
+    offset.clear();
+    device_offset = {};
   }
   pk::side_parameters host() const {
     return {columns.empty() ? nullptr : columns.data(),
@@ -174,6 +178,22 @@ inline cache_shape random_shape(random_source& random, int max_tokens) {
   s.tiles_per_page = random.between(1, 3);
   s.type = random.one_in(2) ? pk::dtype::float16 : pk::dtype::bfloat16;
   return s;
+}
+
+/// element(row, head, token, channel, what is there) for every element of a tensor.
+template <class Element>
+void change(tensor_data& x, Element&& element) {
+  std::size_t at = 0;
+  for (std::int64_t r = 0; r < x.rows; ++r)
+    for (std::int64_t h = 0; h < x.heads; ++h)
+      for (std::int64_t t = 0; t < x.tokens; ++t, at += static_cast<std::size_t>(x.pad))
+        for (std::int64_t c = 0; c < x.dim; ++c, ++at) {
+          auto& bits = x.host_bits[at];
+          const bool half = x.type == pk::dtype::float16;
+          const float y = element(r, h, t, c, half ? pk::half_to_float(bits) : pk::bfloat16_to_float(bits));
+          bits = half ? pk::float_to_half(y) : pk::float_to_bfloat16(y);
+        }
+  x.device_bits.assign(x.host_bits);
 }
 
 /// K, V, lengths, pages and table of a random cache. Pages start poisoned; `compress_reference` fills the host copy.

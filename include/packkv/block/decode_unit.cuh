@@ -9,6 +9,7 @@
 #include <packkv/detail/report.cuh>
 #include <packkv/warp/attention_row.cuh>
 #include <packkv/warp/raw_attention.cuh>
+#include <packkv/warp/score_columns.cuh>
 
 namespace packkv::block {
 
@@ -171,6 +172,7 @@ class raw_tokens {
 /// A unit of work, in shared memory.
 template <int Rows>
 struct decode_unit {
+  using columns = warp::score_columns<Rows>;
   static constexpr float log2e = 1.4426950408889634f;
 
   detail::visibility view;
@@ -252,6 +254,24 @@ struct decode_unit {
       score = cap * (1.0f - 2.0f * detail::reciprocal_fast(e + 1.0f));
     }
     return score * log2e;
+  }
+  /// The same for the lane's scores of the tile that begins with token `first`, which are and will be less by `less`.
+  template <class Variant>
+  __device__ void shape_tile(const decode_call& call, const Variant& variant, int first,
+                             const float (&less)[columns::lane_rows],
+                             float (&s)[warp::tokens_per_lane][columns::lane_rows]) const {
+    for (int k = 0; k < warp::tokens_per_lane; ++k)
+      for (int i = 0; i < columns::lane_rows; ++i)
+        s[k][i] =
+            shape(call, variant, s[k][i] + less[i], columns::row(i), first + 8 * k + detail::lane_id() / 4) - less[i];
+  }
+  /// What the lane's rows do not see of that tile: bit lane_rows * k + i is of its score [k][i].
+  __device__ std::uint32_t hidden(int first) const {
+    std::uint32_t bits = 0;
+    for (int k = 0; k < warp::tokens_per_lane; ++k)
+      for (int i = 0; i < columns::lane_rows; ++i)
+        if (!sees(columns::row(i), first + 8 * k + detail::lane_id() / 4)) bits |= 1u << (columns::lane_rows * k + i);
+    return bits;
   }
 
   /// Where the lane's first channel of a finished row goes.

@@ -2,7 +2,7 @@
 // What the blocks of a unit of decode attention have of it: parts of their warps in shared memory, of blocks in global
 // memory, and the 16-bit tokens beside them.
 //   unit_parts<KeyDim, ValueDim, Rows, Warps, Stride, RawWarps> parts(global, counters, of_warps, joined);
-//   if (work.tail && unit.has_raw()) parts.attend_raw(work, call, variant);   ... each warp fills parts.of_warp() ...
+//   if (work.tail && unit.has_raw()) parts.attend_raw(work, call, variant);   ... each warp: parts.store(its sum) ...
 //   __syncthreads();   if (parts.hand_in(work, last)) parts.write(work, call, finish);
 #pragma once
 
@@ -31,7 +31,20 @@ class unit_parts {
         raw_(joined + merge::part_floats),
         raw_of_warps_(RawWarps > 1 ? joined + 2 * merge::part_floats : raw_) {}
 
-  __device__ float* of_warp() const { return of_warps_ + detail::warp_id() * Stride; }
+  /// Stores the part that a warp has of the unit's coded tokens; sum: a warp::value_output.
+  template <class Output>
+  __device__ void store(const Output& sum) const {
+    using columns = typename decode_unit<Rows>::columns;
+    float maximum[columns::lane_rows], total[columns::lane_rows];
+    float* const to = of_warps_ + detail::warp_id() * Stride;
+    sum.finish(maximum, total, [&](int row, int channel, float x) { to[row * merge::row_floats + channel] = x; });
+    if (detail::lane_id() < columns::lanes_apart)
+      for (int i = 0; i < columns::lane_rows; ++i) {
+        float* const row = to + columns::row(i) * merge::row_floats;
+        row[merge::maximum_at] = maximum[i];
+        row[merge::sum_at] = total[i];
+      }
+  }
 
   /// The first row that a warp prepares and stores, if there is such a row; the next ones are Warps further. The last
   /// warps have rows, since the first have the tiles where those are few, and ask for the unit's last block.

@@ -47,7 +47,6 @@ class fused_block {
   using stream = warp::tile_stream<Format, shape.stages, Engine>;
   using parts = block::unit_parts<key_dim, value_dim, Rows, warps, shape.warp_bytes / 4, shape.raw_warps>;
   using merge = typename parts::merge;
-  static constexpr int lane_rows = scores::lane_rows;
   static constexpr int warp_bytes = shape.warp_bytes;
   static_assert(warp_bytes >= stream::buffer_bytes && warp_bytes >= merge::part_floats * 4 &&
                     shape.shared_bytes == warps * warp_bytes + parts::joined_floats * 4,
@@ -152,44 +151,13 @@ class fused_block {
     while (stream_.next(tile, key_data, value_data)) {
       const int first = tile * tile_tokens;
       const bool masked = first < ranges.all.begin || first + tile_tokens > ranges.all.end;
-      float s[warp::tokens_per_lane][lane_rows];
+      float s[warp::tokens_per_lane][scores::lane_rows];
       keys.compute(key_data, sum.reference(), s);
-      if (__builtin_expect(changed, 0)) change_scores(first, sum.reference(), s);
-      sum.add(value_data, s, __builtin_expect(masked, 0) ? hidden(first) : 0u);
+      if (__builtin_expect(changed, 0)) unit_.shape_tile(a_.call, variant_, first, sum.reference(), s);
+      sum.add(value_data, s, __builtin_expect(masked, 0) ? unit_.hidden(first) : 0u);
       stream_.release();
     }
-    store_part(sum);
-  }
-
-  /// Changes the scores of the tile that begins with token `first`, which are and will be less by `less`.
-  __device__ void change_scores(int first, const float (&less)[lane_rows],
-                                float (&s)[warp::tokens_per_lane][lane_rows]) const {
-    for (int k = 0; k < warp::tokens_per_lane; ++k)
-      for (int i = 0; i < lane_rows; ++i)
-        s[k][i] = unit_.shape(a_.call, variant_, s[k][i] + less[i], scores::columns::row(i),
-                              first + 8 * k + detail::lane_id() / 4) -
-                  less[i];
-  }
-  /// What the lane's rows do not see of the tile that begins with token `first`; see grouped_output::add.
-  __device__ std::uint32_t hidden(int first) const {
-    std::uint32_t bits = 0;
-    for (int k = 0; k < warp::tokens_per_lane; ++k)
-      for (int i = 0; i < lane_rows; ++i)
-        if (!unit_.sees(scores::columns::row(i), first + 8 * k + detail::lane_id() / 4))
-          bits |= 1u << (lane_rows * k + i);
-    return bits;
-  }
-
-  __device__ void store_part(const output& sum) {
-    float maximum[lane_rows], total[lane_rows];
-    float* const to = parts_.of_warp();
-    sum.finish(maximum, total, [&](int row, int channel, float x) { to[row * merge::row_floats + channel] = x; });
-    if (detail::lane_id() < 4)
-      for (int i = 0; i < lane_rows; ++i) {
-        float* const row = to + scores::columns::row(i) * merge::row_floats;
-        row[merge::maximum_at] = maximum[i];
-        row[merge::sum_at] = total[i];
-      }
+    parts_.store(sum);
   }
 
   /// Joins the warps' parts and writes the unit's rows, or leaves them to the last of its blocks.

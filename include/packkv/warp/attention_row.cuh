@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One row of attention in parts: a warp holds maximum, sum and weighted values, and joins parts in a fixed order.
-//   attention_row<D> row;   row.clear();   row.add(score, value);   row.join(other);   // out = channel / sum
+//   attention_row<D> row;   row.join(other);   // out = channel / sum
 #pragma once
 
 #include <packkv/detail/approx.cuh>
@@ -21,19 +21,6 @@ struct attention_row {
     maximum = m;
     sum = sum * a + other.sum * b;
     for (int i = 0; i < HeadDim / 32; ++i) channel[i] = channel[i] * a + other.channel[i] * b;
-  }
-  /// Adds a token with score s (base 2, not -inf) and the lane's channels of its value.
-  __device__ void add(float s, const float (&value)[HeadDim / 32]) {
-    const float m = fmaxf(maximum, s), a = factor(maximum, m), b = detail::exp2_fast(s - m);
-    maximum = m;
-    sum = fmaf(sum, a, b);
-    for (int i = 0; i < HeadDim / 32; ++i) channel[i] = fmaf(b, value[i], channel[i] * a);
-  }
-  /// Makes it the sum over no tokens.
-  __device__ void clear() {
-    maximum = lowest;
-    sum = 0.0f;
-    for (int i = 0; i < HeadDim / 32; ++i) channel[i] = 0.0f;
   }
   /// Maximum of a row that has seen nothing; finite, so that differences are numbers.
   static constexpr float lowest = -1e30f;
