@@ -8,7 +8,7 @@ namespace {
 
 using dim_96 = fused_format<96, 96, pk::plan<4, 2, 2>, pk::plan<4, 4, 2, 2, 1, 1>, pk::hadamard, pk::hadamard, 3>;
 using dim_192 =
-    fused_format<192, 128, pk::plan<4, 2, 2, 1, 1, 0>, pk::plan<1, 1, 1, 1, 1, 1, 1, 1>, pk::basis, pk::basis>;
+    fused_format<192, 128, pk::plan<4, 2, 2, 1, 1, 1>, pk::plan<1, 1, 1, 1, 1, 1, 1, 1>, pk::basis, pk::basis>;
 using dim_256 =
     fused_format<256, 256, pk::plan<8, 4, 4, 2, 2, 2, 2, 1>, pk::plan<4, 4, 4, 3, 3, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0>,
                  pk::permutation, pk::hadamard, 4>;

@@ -411,7 +411,7 @@ TEST_CASE("grouped pages: extremes of scales and scores, and many equal weights"
   check(
       pk::dtype::bfloat16, same, same, [](float, auto c, float x) { return c == 127 ? 1e6f : x; }, 1e-6f);
   check(
-      pk::dtype::float16, same, [](float, auto c, float x) { return c >= 96 ? std::ldexp(x, 12) : x; }, same);
+      pk::dtype::float16, same, [](float, auto c, float x) { return std::ldexp(x, c >= 96 ? 12 : -8); }, same);
   // So many tiles that a warp has several.
   tokens = 64 * 40 + 17;
   check(
