@@ -115,9 +115,12 @@ void check_score_of_one_lane() {
   });
   auto problem = plain_problem(random, cache, 4, 1);
   change(problem.queries, [](auto, auto, auto h, auto, float x) { return h == 3 ? 1.0f : 0.01f * x; });
-  problem.options.splits = 1;
-  const auto expected = problem.reference(), got = problem.device();
-  check_rows<Format>(got, expected);
+  const auto expected = problem.reference();
+  for (const int splits : {1, 2}) {  // with two, more tiles a block than warps, and then those of the other block
+    INFO("splits " << splits);
+    problem.options.splits = splits;
+    check_rows<Format>(problem.device(), expected);
+  }
 }
 
 /// `spoil` puts NaN into a problem whose rows then see different tokens; `least`: rows that are NaN then.
@@ -174,9 +177,9 @@ TEST_CASE("fused decode: a NaN in sinks, ring or queries makes exactly the rows 
     for (const auto& [token, channel] : {std::pair(0, 0), std::pair(7, 63)})
       check_spoilt<dim_64>(group, 1, 197 - token, group, [&, spoilt = nan_at(token, channel)](auto&, auto& problem) {
         random_source random(2);
-        problem.sinks = 8;
-        problem.sink_keys = problem.overlay(random, 1, 8, 64);
-        problem.sink_values = problem.overlay(random, 1, 8, 64);
+        problem.sinks = 16;
+        problem.sink_keys = problem.overlay(random, 1, 16, 64);
+        problem.sink_values = problem.overlay(random, 1, 16, 64);
         change(problem.sink_values, spoilt);
       });
     check_spoilt<dim_64>(group, 2, 0, 2, [&](auto&, auto& problem) {
@@ -185,6 +188,34 @@ TEST_CASE("fused decode: a NaN in sinks, ring or queries makes exactly the rows 
       });
     });
   }
+}
+
+TEST_CASE("fused decode: 16-bit tokens of another type than queries of which one channel stands out") {
+  random_source random(8960);
+  test_cache<dim_64> cache(random, cache_shape{1, 1, 100, 1, pk::dtype::bfloat16}, dim_64{});
+  auto problem = plain_problem(random, cache, 4, 1);
+  problem.sinks = 16;
+  problem.sink_keys = tensor_data(random, pk::dtype::float16, 1, 1, 16, 64);
+  problem.sink_values = tensor_data(random, pk::dtype::float16, 1, 1, 16, 64);
+  for (const int channel : {0, 31, 63}) {
+    change(problem.queries, [&](auto, auto, auto, auto c, float x) { return c == channel ? 1e5f : x; });
+    problem.options.softmax_scale = 1e-5f;
+    INFO("channel " << channel);
+    check_rows<dim_64>(problem.device(), problem.reference());
+    change(problem.queries, [&](auto, auto, auto, auto c, float x) { return c == channel ? 1.0f : x; });
+  }
+}
+
+TEST_CASE("fused decode: a large element of a query where keys have no bits costs the others none of theirs") {
+  random_source random(8970);
+  test_cache<mixed> cache(random, cache_shape{1, 1, 100, 1, pk::dtype::bfloat16}, mixed{});
+  cache.key_data.clear_offset();
+  auto& order = cache.key_data.permutation;
+  for (int i = 0; i < 128; ++i) order[static_cast<std::size_t>(i)] = static_cast<std::int16_t>(127 - i);
+  cache.key_data.device_permutation = device_array<std::int16_t>(order);
+  auto problem = plain_problem(random, cache, 4, 1);
+  change(problem.queries, [](auto, auto, auto, auto c, float x) { return c < 32 ? 1e4f * x : x; });
+  check_rows<mixed>(problem.device(), problem.reference());
 }
 
 TEST_CASE("fused decode: values with row scales of zero and below the normal halves keep their weights") {
