@@ -264,7 +264,7 @@ TEST_CASE("fused decode: scores that rise, fall, stay equal or stand out, slowly
 }
 
 TEST_CASE("fused decode: a score that one lane alone has stands out, behind tiles that have set the unit") {
-  check_score_of_one_lane<dim_64>();
+  check_score_of_one_lane<two_bit>();
   check_score_of_one_lane<kivi>();
 }
 
